@@ -1,0 +1,196 @@
+"""The whole interface between the engine and a driver: what a driver is asked, and what it answers.
+
+A driver knows how one platform runs a machine. It decides nothing about a session: the lifecycle does.
+Its life in a session is: `probe` (look at the host), `plan` (pure), `launch` (make the machine), and
+`release` (from any process, with nothing but the handle that `launch` gave).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+JsonObject = Mapping[str, Any]
+"""A JSON object: string keys; values are None, bool, int, float, str, lists and objects of these."""
+
+VIRTIO_SERIAL_PORT = "dev.kenaz.channel"
+"""Name of the virtio-serial port that carries the channel: `/dev/virtio-ports/<name>` in the guest."""
+
+
+class DriverError(Exception):
+    """The driver could not do what it was asked.
+
+    `hint` is what the user can do about it. `transient` says that the same call may succeed later.
+    `log` holds the last lines that the hypervisor printed, where there were any.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", transient: bool = False, log: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.transient = transient
+        self.log = log
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One thing that `probe` looked at: whether it is as it should be, and the mend where it is not."""
+
+    ok: bool
+    text: str
+    mend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a driver can do on this host, for guests of one architecture.
+
+    `transports` and `disk_formats` are in the driver's order of preference. `deadline_scale` is what the
+    deadlines of states that wait for the guest are multiplied by (5.0 under emulation). `isolates` is False
+    where the "guest" is not kept from the host. `boots_image` is False where no disk image is needed.
+    """
+
+    usable: bool
+    reasons: tuple[Reason, ...]
+    arch: str
+    accelerator: str = "none"
+    deadline_scale: float = 1.0
+    transports: tuple[str, ...] = ()
+    disk_formats: tuple[str, ...] = ()
+    boots_image: bool = True
+    isolates: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk to attach. `role` is `root`, `config` (label KENAZMETA) or `workbench` (label KENAZWB).
+
+    `format` is one of `qcow2`, `raw`, `vhdx`, or `directory` for drivers that run no machine.
+    """
+
+    role: str
+    path: str
+    format: str
+    readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """Everything `plan` may depend on. Paths are absolute; `memory` is in bytes.
+
+    `channel` is the path of the UNIX socket on which the launcher listens (empty for AF_VSOCK, where `cid`
+    and `port` say where the guest will dial from and to). `runtime` is a short directory for sockets of the
+    driver's own; `directory` is the session's state directory. `agent` is the command that *is* the guest
+    for drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `unix`.
+    """
+
+    session: str
+    directory: str
+    runtime: str
+    cpus: int
+    memory: int
+    transport: str
+    channel: str
+    port: int
+    capabilities: Capabilities
+    kernel: str = ""
+    initrd: str = ""
+    cmdline: str = ""
+    disks: tuple[Disk, ...] = ()
+    display: str = "none"
+    network: str = "none"
+    cid: int | None = None
+    agent: tuple[str, ...] = ()
+    options: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What `launch` will do, exactly, and fit to be printed.
+
+    `argv` is the command to the letter; descriptors that it names are passed under those numbers, and
+    `descriptors` maps each such number to its purpose (`qmp`, `console`, `vhost-vsock`). `notes` are for the
+    user: every fall-back and every risk. `data` is plain JSON that the driver's own `launch` needs besides.
+    """
+
+    driver: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    descriptors: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    data: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a machine ended. `clean` means: the guest shut itself down; no signal, no panic, no power cut."""
+
+    clean: bool
+    reason: str
+    code: int | None = None
+
+
+class Machine(Protocol):
+    """A machine that `launch` made. Its methods may be called from any task; only `wait` may block for ever."""
+
+    @property
+    def handle(self) -> JsonObject:
+        """Enough for `Driver.release` in another process; safe against reuse (pid *and* start time, ...)."""
+        ...
+
+    async def ready(self) -> None:
+        """Returns when the hypervisor has set the machine up and the guest runs.
+
+        Raises DriverError, with the log, when the machine died before that.
+        """
+        ...
+
+    async def wait(self) -> Exit:
+        """Returns when the machine is gone. May be called often, also by several tasks."""
+        ...
+
+    async def powerdown(self) -> None:
+        """Presses the power button; returns at once. Raises DriverError when the button cannot be pressed."""
+        ...
+
+    async def kill(self) -> None:
+        """Cuts the power. Idempotent; when it returns, the machine is gone."""
+        ...
+
+    def console(self) -> AsyncIterator[bytes]:
+        """What the guest prints, as it comes, until the machine is gone. To be read once, and always."""
+        ...
+
+
+class Driver(Protocol):
+    """One way of running a machine."""
+
+    name: ClassVar[str]
+    options_schema: ClassVar[JsonObject]
+    """JSON Schema (2020-12, closed) of `driverOptions.<name>`."""
+
+    async def probe(self, arch: str, options: JsonObject) -> Capabilities:
+        """Looks at the host; makes nothing that outlives the call. Bounded to a few seconds."""
+        ...
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Pure and stable: the same request gives the same plan. Raises DriverError for what it cannot do."""
+        ...
+
+    def launch(
+        self, plan: LaunchPlan, descriptors: Mapping[str, int]
+    ) -> AbstractAsyncContextManager[Machine]:
+        """Makes the machine. Entering only starts it and learns its handle; `Machine.ready` waits.
+
+        `descriptors` are open files of the caller by purpose (see `LaunchPlan.descriptors`); the caller
+        closes its own copies. Leaving the context kills what still runs, reaps it, and takes a few seconds
+        at the most.
+        """
+        ...
+
+    async def release(self, handle: JsonObject) -> None:
+        """Ends the machine of that handle, if it still exists. Idempotent; never touches what is not ours."""
+        ...
