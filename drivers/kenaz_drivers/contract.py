@@ -134,7 +134,7 @@ class Exit:
 
 
 class Machine(Protocol):
-    """A machine that `launch` made. Its methods may be called from any task; only `wait` may block for ever."""
+    """A machine that `launch` made. Any task may call its methods; only `wait` may block for ever."""
 
     @property
     def handle(self) -> JsonObject:
