@@ -1,0 +1,39 @@
+"""Reads journals from files, whole ones and ones that are still being written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kenaz_engine.journal.records import decode_all
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A journal as it was read. `torn` says that a last, half-written line was dropped."""
+
+    path: Path
+    records: list[dict[str, Any]]
+    torn: bool
+
+    @property
+    def header(self) -> dict[str, Any] | None:
+        """The first record; None in a journal whose launcher died before it was written."""
+        return self.records[0] if self.records else None
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """The `end` record; None when the launcher has not ended, or died."""
+        return next((r for r in reversed(self.records) if r["kind"] == "end"), None)
+
+    @property
+    def state(self) -> str:
+        """The state that the last decision led to; empty before the first."""
+        return next((r["state"] for r in reversed(self.records) if r["kind"] == "decision"), "")
+
+
+def read_journal(path: Path) -> Recording:
+    """Raises Damaged (with the line) and OSError."""
+    records, torn = decode_all(path.read_bytes())
+    return Recording(path, records, torn)

@@ -1,0 +1,108 @@
+"""What a journal is made of: one JSON object a line, each bound to the line before it.
+
+Every record has `seq` (from 0, without a gap), `t` (monotonic seconds since the header), `wall` (UTC seconds),
+`kind`, and `prev` (SHA-256 of the previous line without its newline, hex; of nothing for the header). The other
+members are the kind's own; docs/reference/journal.md lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT = 1
+"""Version of the format, in the header. A reader refuses any other."""
+
+KINDS = frozenset(
+    {
+        "header",
+        "event",
+        "decision",
+        "entered",
+        "backoff",
+        "activity",
+        "intent",
+        "acquired",
+        "released",
+        "channel",
+        "note",
+        "end",
+    }
+)
+
+DURABLE = frozenset({"header", "intent", "acquired", "released", "end"})
+"""Kinds that are on the disk before the launcher goes on: another process may have to act on them."""
+
+GENESIS = hashlib.sha256(b"").hexdigest()
+"""`prev` of the header."""
+
+_encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
+
+
+def encode(
+    seq: int, t: float, wall: float, prev: str, kind: str, fields: Mapping[str, Any]
+) -> tuple[bytes, str]:
+    """The line (with its newline) and the hash that the next record carries as `prev`.
+
+    Raises ValueError for a value that is not plain JSON.
+    """
+    record = {"seq": seq, "t": round(t, 6), "wall": round(wall, 3), "kind": kind, **fields, "prev": prev}
+    line = _encode(record).encode("ascii")
+    return line + b"\n", hashlib.sha256(line).hexdigest()
+
+
+class Damaged(Exception):
+    """A journal that was changed after it was written, or that this version cannot read."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(f"line {line}: {message}")
+        self.line = line
+        self.message = message
+
+
+class Decoder:
+    """Reads lines in order, and refuses what does not follow from the line before."""
+
+    def __init__(self) -> None:
+        self._seq = 0
+        self._prev = GENESIS
+
+    def decode(self, line: bytes) -> dict[str, Any]:
+        """The record of one line (without its newline). Raises Damaged."""
+        number = self._seq + 1
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise Damaged(number, "is not JSON") from None
+        if not isinstance(record, dict):
+            raise Damaged(number, "is not a record")
+        if self._seq == 0 and (record.get("kind") != "header" or record.get("format") != FORMAT):
+            raise Damaged(
+                number,
+                f"is not the header of a journal of format {FORMAT}; it says "
+                f"kind {record.get('kind')!r}, format {record.get('format')!r}",
+            )
+        if record.get("seq") != self._seq:
+            raise Damaged(
+                number, f"record {self._seq} is expected here, found {record.get('seq')!r}: missing or moved"
+            )
+        if record.get("prev") != self._prev:
+            raise Damaged(number, "does not follow from the line before it: one of the two was changed")
+        if record.get("kind") not in KINDS:
+            raise Damaged(number, f"has the unknown kind {record.get('kind')!r}")
+        self._seq += 1
+        self._prev = hashlib.sha256(line).hexdigest()
+        return record
+
+
+def decode_all(data: bytes) -> tuple[list[dict[str, Any]], bool]:
+    """All records of a journal, and whether a torn last line was dropped.
+
+    A line without its newline is what a crash in the middle of a write leaves: it is dropped. Anything else
+    that is wrong raises Damaged with the line.
+    """
+    *lines, rest = data.split(b"\n")
+    decoder = Decoder()
+    return [decoder.decode(line) for line in lines], bool(rest)
