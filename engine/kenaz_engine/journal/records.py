@@ -1,8 +1,8 @@
 """What a journal is made of: one JSON object a line, each bound to the line before it.
 
-Every record has `seq` (from 0, without a gap), `t` (monotonic seconds since the header), `wall` (UTC seconds),
-`kind`, and `prev` (SHA-256 of the previous line without its newline, hex; of nothing for the header). The other
-members are the kind's own; docs/reference/journal.md lists them.
+Every record has `seq` (from 0, without a gap), `t` (monotonic seconds since the header), `wall` (UTC),
+`kind`, and `prev` (SHA-256 of the previous line without its newline, in hex; of nothing for the header). The
+other members are the kind's own; docs/reference/journal.md lists them.
 """
 
 from __future__ import annotations
@@ -41,15 +41,12 @@ GENESIS = hashlib.sha256(b"").hexdigest()
 _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
 
 
-def encode(
-    seq: int, t: float, wall: float, prev: str, kind: str, fields: Mapping[str, Any]
-) -> tuple[bytes, str]:
+def encode(record: Mapping[str, Any], prev: str) -> tuple[bytes, str]:
     """The line (with its newline) and the hash that the next record carries as `prev`.
 
-    Raises ValueError for a value that is not plain JSON.
+    Raises ValueError or TypeError for a value that is not plain JSON.
     """
-    record = {"seq": seq, "t": round(t, 6), "wall": round(wall, 3), "kind": kind, **fields, "prev": prev}
-    line = _encode(record).encode("ascii")
+    line = _encode({**record, "prev": prev}).encode("ascii")
     return line + b"\n", hashlib.sha256(line).hexdigest()
 
 

@@ -37,14 +37,18 @@ class Journal:
 
     def append(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Writes one record and returns it; durable kinds are on the disk when this returns."""
-        t, wall = self._monotonic() - self._start, self._wall()
-        line, digest = encode(self._seq, t, wall, self._prev, kind, fields)
+        record = {
+            "seq": self._seq,
+            "t": round(self._monotonic() - self._start, 6),
+            "wall": round(self._wall(), 3),
+            "kind": kind,
+            **fields,
+        }
+        line, self._prev = encode(record, self._prev)
+        self._seq += 1
         _write_all(self._file, line)
         if kind in DURABLE:
             os.fsync(self._file)
-        record = {"seq": self._seq, "t": round(t, 6), "wall": round(wall, 3), "kind": kind, **fields}
-        self._seq += 1
-        self._prev = digest
         return record
 
     def close(self) -> None:

@@ -1,0 +1,49 @@
+"""Events and decisions as the fields of journal records, and events back from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kenaz_engine.lifecycle.machine import Decision, Event
+
+
+def event_fields(event: Event) -> dict[str, Any]:
+    """The fields of an `event` record; what an event does not carry is left out."""
+    fields: dict[str, Any] = {"type": event.type}
+    if event.data:
+        fields["data"] = dict(event.data)
+    if event.entry is not None:
+        fields["entry"] = event.entry
+    if event.activity:
+        fields["activity"] = event.activity
+    if event.id is not None:
+        fields["id"] = event.id
+    return fields
+
+
+def event_from(record: Mapping[str, Any]) -> Event:
+    """The event of an `event` record."""
+    return Event(
+        record["type"],
+        record.get("data", {}),
+        record.get("entry"),
+        record.get("activity", ""),
+        record.get("id"),
+    )
+
+
+def decision_fields(decision: Decision) -> dict[str, Any]:
+    """The fields of a `decision` record; a replay compares them all."""
+    at = decision.snapshot
+    fields: dict[str, Any] = {"state": at.state, "entry": at.entry, "attempt": at.attempt}
+    optional = {
+        "reason": decision.reason,
+        "arm": decision.arm,
+        "waiting": at.waiting,
+        "verdict": at.verdict,
+        "also": list(at.also),
+        "warnings": list(at.warnings),
+        "counters": dict(at.counters),
+    }
+    return fields | {name: value for name, value in optional.items() if value}

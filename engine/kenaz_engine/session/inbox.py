@@ -1,0 +1,80 @@
+"""The one way into a session: events, in the order in which the runner takes them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import trio
+import trio.testing
+
+from kenaz_engine.lifecycle.machine import Event
+
+SIMULTANEOUS = (
+    "abort",
+    "vm.exited",
+    "guest.panic",
+    "guest.bye",
+    "channel.lost",
+    "error",
+    "done",
+    "end",
+)
+"""Order of events with equal stamps on virtual time; what is not named here comes last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamped:
+    """An event and the moment (trio's clock) at which it was put."""
+
+    at: float
+    event: Event
+
+
+class Inbox:
+    """Events waiting to be decided. Anyone may put; only the runner takes.
+
+    With `settle` (virtual time), taking waits until every task is blocked and orders equal stamps by
+    SIMULTANEOUS, so that the schedule of tasks does not show in the journal.
+    """
+
+    def __init__(self, *, settle: bool = False) -> None:
+        self._waiting: list[Stamped] = []
+        self._put = trio.Event()
+        self._settle = settle
+
+    def put(self, event: Event) -> None:
+        """Puts an event, stamped with the time of now. Never blocks."""
+        self._waiting.append(Stamped(trio.current_time(), event))
+        self._put.set()
+
+    def holds(self, kind: str) -> bool:
+        """True when an event of that type waits to be decided."""
+        return any(stamped.event.type == kind for stamped in self._waiting)
+
+    def take_nowait(self, *, until: float = math.inf) -> Event | None:
+        """The next event that was put at or before `until`."""
+        ready = [s for s in self._waiting if s.at <= until]
+        if not ready:
+            return None
+        first = min(ready, key=_rank) if self._settle else ready[0]
+        self._waiting.remove(first)
+        return first.event
+
+    async def wait(self, *, until: float = math.inf) -> None:
+        """Returns when an event is put from now on, or at `until`."""
+        self._put = trio.Event()
+        with trio.move_on_at(until):
+            await self._put.wait()
+
+    async def settle(self) -> None:
+        """On virtual time, lets every other task run to its next wait first."""
+        if self._settle:
+            await trio.testing.wait_all_tasks_blocked()
+        else:
+            await trio.lowlevel.checkpoint()
+
+
+def _rank(stamped: Stamped) -> tuple[float, int]:
+    kind = stamped.event.type
+    return stamped.at, SIMULTANEOUS.index(kind) if kind in SIMULTANEOUS else len(SIMULTANEOUS)

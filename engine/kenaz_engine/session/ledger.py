@@ -1,0 +1,174 @@
+"""What a session holds and must give back, written down before it is taken.
+
+Each acquisition is `intent` (durable), the act, `acquired` with a handle that another process could release.
+From intent to acquired nothing can interrupt it, so that a thing that exists is always known. Release runs in
+reverse order, each entry in a fair share of the time left, and one that fails stops no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import trio
+
+from kenaz_engine.journal.writer import Sink
+
+T = TypeVar("T")
+
+Release = Callable[[], Awaitable[None]]
+
+ACQUIRE_BOUND = 30.0
+"""Seconds that making a thing may take; waiting until it is ready is not part of that."""
+
+
+class AcquireTimeout(Exception):
+    """Making a thing took longer than ACQUIRE_BOUND."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an acquisition made: its handle (plain JSON), and how this process gives it back."""
+
+    handle: Mapping[str, Any]
+    release: Release
+
+
+@dataclass(slots=True)
+class Entry:
+    """One thing held, or maybe held. `uses` are the ids of entries that it needs to stay until it is gone."""
+
+    id: int
+    resource: str
+    kind: str
+    intent: Mapping[str, Any]
+    uses: frozenset[int]
+    bound: float
+    handle: Mapping[str, Any] | None = None
+    release: Release | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """An entry that could not be released, and why. `reap` tries again."""
+
+    id: int
+    resource: str
+    kind: str
+    error: str
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The open entries of one session, oldest first.
+
+    `by_intent` releases an entry of each kind from its intent alone: for acts that failed half-way.
+    """
+
+    sink: Sink
+    by_intent: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]]
+    entries: list[Entry] = field(default_factory=list)
+    _last: int = 0
+
+    async def acquire(
+        self,
+        resource: str,
+        kind: str,
+        intent: Mapping[str, Any],
+        make: Callable[[], Awaitable[tuple[Made, T]]],
+        *,
+        uses: Iterable[str] = (),
+        bound: float = 5.0,
+    ) -> T:
+        """Makes a thing and returns what `make` returned beside its handle.
+
+        `bound` is the most seconds that its release may take. When `make` raises, what it may have left is
+        released from the intent alone, and the exception goes on; the entry stays only if that fails too.
+        """
+        self._last += 1
+        used = frozenset(e.id for name in uses if (e := self.held(name)) is not None)
+        entry = Entry(self._last, resource, kind, intent, used, bound)
+        fields = {"id": entry.id, "resource": resource, "type": kind}
+        with trio.CancelScope(shield=True):
+            self.sink.append("intent", {**fields, "intent": dict(intent), "uses": sorted(used)})
+            self.entries.append(entry)
+            try:
+                with trio.move_on_after(ACQUIRE_BOUND) as scope:
+                    made, value = await make()
+                if scope.cancelled_caught:
+                    raise AcquireTimeout(f"making the {resource} took longer than {ACQUIRE_BOUND:g} s")
+            except BaseException:
+                await self._release(entry, bound)
+                raise
+            entry.handle, entry.release = made.handle, made.release
+            self.sink.append("acquired", {**fields, "handle": dict(made.handle)})
+        await trio.lowlevel.checkpoint()
+        return value
+
+    def held(self, resource: str) -> Entry | None:
+        """The newest open entry of a resource."""
+        return next((e for e in reversed(self.entries) if e.resource == resource), None)
+
+    async def release(self, resource: str) -> None:
+        """Gives back the newest entry of a resource, if there is one. Raises ReleaseError if that fails."""
+        entry = self.held(resource)
+        if entry is not None and (error := await self._release(entry, entry.bound)):
+            raise ReleaseError(f"the {resource} could not be released: {error}")
+
+    async def release_since(self, mark: int) -> list[Left]:
+        """Gives back, in reverse order, all entries with an id above `mark`: what a failed attempt made."""
+        return await self._release_all([e for e in self.entries if e.id > mark], float("inf"))
+
+    async def release_all(self, deadline: float) -> list[Left]:
+        """Gives back everything, newest first, until `deadline` (trio's clock).
+
+        Each entry may take an equal share of the time left, at most its own bound. What something unreleased
+        still uses is kept. Returns what is left.
+        """
+        return await self._release_all(list(self.entries), deadline)
+
+    @property
+    def last(self) -> int:
+        """The id of the newest acquisition so far; 0 before the first."""
+        return self._last
+
+    async def _release_all(self, entries: list[Entry], deadline: float) -> list[Left]:
+        left: list[Left] = []
+        for count, entry in zip(range(len(entries), 0, -1), reversed(entries), strict=True):
+            user = next((e for e in self.entries if entry.id in e.uses), None)
+            if user is not None:
+                error: str | None = f"is still used by the {user.resource}"
+            else:
+                share = max(0.0, deadline - trio.current_time()) / count
+                error = await self._release(entry, min(share, entry.bound))
+            if error:
+                left.append(Left(entry.id, entry.resource, entry.kind, error))
+        return left
+
+    async def _release(self, entry: Entry, seconds: float) -> str | None:
+        """The error, or None. A hung release is cut after `seconds`; the entry then stays."""
+        with trio.CancelScope(shield=True):
+            error: str | None = None
+            try:
+                with trio.move_on_after(seconds) as scope:
+                    if entry.release is not None:
+                        await entry.release()
+                    else:
+                        await self.by_intent[entry.kind](entry.intent)
+                if scope.cancelled_caught:
+                    error = f"took longer than {seconds:.3g} s"
+            except Exception as exc:
+                error = str(exc) or type(exc).__name__
+            if error is None:
+                self.entries.remove(entry)
+                self.sink.append("released", {"id": entry.id, "resource": entry.resource, "type": entry.kind})
+            else:
+                self.sink.append(
+                    "note", {"about": "release", "id": entry.id, "resource": entry.resource, "error": error}
+                )
+        return error
+
+
+class ReleaseError(Exception):
+    """One resource could not be given back; it stays in the ledger."""

@@ -1,0 +1,51 @@
+"""What a session remembers: its journal, and whoever watches it being written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kenaz_engine.journal.writer import Sink
+
+Observer = Callable[[Mapping[str, Any]], None]
+
+
+class RecordLost(Exception):
+    """The journal could not be written. Nothing new may be acquired after that."""
+
+
+class Recorder:
+    """A sink that outlives its journal's disk.
+
+    When the journal cannot be written, `fault` says why, nothing more is written to it (a torn line in the
+    middle would hide the rest), and `on_fault` is called once. Clean-up goes on unrecorded; an `intent`
+    raises RecordLost, for what is not written down must not be made.
+    """
+
+    def __init__(self, journal: Sink, observers: tuple[Observer, ...] = ()) -> None:
+        self._journal = journal
+        self._observers = list(observers)
+        self.fault = ""
+        self.on_fault: Callable[[str], None] = lambda fault: None
+
+    def append(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Writes one record, shows it to the observers, and returns it."""
+        record: Mapping[str, Any] = {"kind": kind, **fields}
+        if not self.fault:
+            try:
+                record = self._journal.append(kind, fields)
+            except OSError as exc:
+                self.fault = f"the journal could not be written: {exc.strerror or exc}"
+                self.on_fault(self.fault)
+        if self.fault and kind == "intent":
+            raise RecordLost(self.fault)
+        for observer in list(self._observers):
+            self._show(observer, record)
+        return record
+
+    def _show(self, observer: Observer, record: Mapping[str, Any]) -> None:
+        """An observer that fails (a closed terminal) is asked no more; the session goes on."""
+        try:
+            observer(record)
+        except (OSError, ValueError):
+            self._observers.remove(observer)
