@@ -15,12 +15,14 @@ class Resource:
     """Something that a session holds and must give back.
 
     `raises` are the events that may arise while it is held, or may be held; those in `loses` say that it is
-    gone. `within` names the resource whose loss takes this one with it.
+    gone, those in `alarms` that something went wrong in it. `within` names the resource whose loss takes this
+    one with it.
     """
 
     name: str
     raises: frozenset[str] = frozenset()
     loses: frozenset[str] = frozenset()
+    alarms: frozenset[str] = frozenset()
     within: str = ""
 
 

@@ -37,7 +37,12 @@ VOCABULARY = Vocabulary(
         Resource("disk"),
         Resource("config"),
         Resource("socket"),
-        Resource("vm", raises=_set({"vm.exited", "guest.panic"}), loses=_set({"vm.exited"})),
+        Resource(
+            "vm",
+            raises=_set({"vm.exited", "guest.panic"}),
+            loses=_set({"vm.exited"}),
+            alarms=_set({"guest.panic"}),
+        ),
         Resource(
             "channel", raises=_set({"channel.lost", "guest.bye"}), loses=_set({"channel.lost"}), within="vm"
         ),
