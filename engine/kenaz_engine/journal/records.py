@@ -50,7 +50,7 @@ def encode(record: Mapping[str, Any], prev: str) -> tuple[bytes, str]:
     return line + b"\n", hashlib.sha256(line).hexdigest()
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """A journal that was changed after it was written, or that this version cannot read."""
 
     def __init__(self, line: int, message: str) -> None:

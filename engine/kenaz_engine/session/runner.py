@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -53,6 +53,12 @@ class ActivityError(Exception):
         self.data = {"message": message, **({"hint": hint} if hint else {}), "transient": transient, **data}
 
 
+class Owner(Protocol):
+    """A task of the session that owns something which outlives the state that made it."""
+
+    def __call__(self, *, task_status: trio.TaskStatus[Any]) -> Awaitable[None]: ...
+
+
 @dataclass(slots=True)
 class _Running:
     """One run of an activity, from its start to the end of its clean-up."""
@@ -78,15 +84,16 @@ class _Running:
 class Work:
     """What an activity is given to work with.
 
-    `put` puts an event into the session's inbox, `touch` restarts the idle deadline, `spawn` starts a
-    watcher: a task that outlives the state. `nursery` is the session's, for tasks that own what outlives it.
+    `timeout` is the state's, in seconds. `put` puts an event into the session's inbox, `touch` restarts the
+    idle deadline. `start` starts a task that outlives the state and returns what that task gives to
+    `task_status.started`; if the task fails later, that becomes the event `internal.error`.
     """
 
     ledger: Ledger
+    timeout: float | None
     put: Callable[[Event], None]
     touch: Callable[[], None]
-    spawn: Callable[[Callable[[], Awaitable[None]]], None]
-    nursery: trio.Nursery
+    start: Callable[[Owner], Awaitable[Any]]
     _running: _Running
 
     @contextmanager
@@ -261,10 +268,10 @@ class Runner:
         mark = self._ledger.last
         work = Work(
             ledger=self._ledger,
+            timeout=self._machine.lifecycle.states[self.snapshot.state].timeout,
             put=self.inbox.put,
             touch=self.touch,
-            spawn=self._spawn,
-            nursery=self._nursery,
+            start=self._start,
             _running=running,
         )
         ended, data = "cancelled", {}
@@ -339,13 +346,16 @@ class Runner:
             timers.append((self._touched + state.idle, "idle"))
         return min(timers, key=lambda timer: timer[0])
 
-    def _spawn(self, watcher: Callable[[], Awaitable[None]]) -> None:
-        self._nursery.start_soon(self._watch, watcher)
+    async def _start(self, owner: Owner) -> Any:
+        return await self._nursery.start(self._own, owner)
 
-    async def _watch(self, watcher: Callable[[], Awaitable[None]]) -> None:
+    async def _own(self, owner: Owner, *, task_status: trio.TaskStatus[Any]) -> None:
+        status = _Status(task_status)
         try:
-            await watcher()
+            await owner(task_status=status)
         except Exception as exc:
+            if not status.given:
+                raise
             self.inbox.put(Event("internal.error", {"message": self._defect(exc)}))
 
     def _error_data(self, exc: Exception) -> dict[str, Any]:
@@ -359,6 +369,18 @@ class Runner:
         exc = _only(exc)
         self.tracebacks.append("".join(traceback.format_exception(exc)))
         return f"internal error: {type(exc).__name__}: {exc}"
+
+
+class _Status(trio.TaskStatus[Any]):
+    """Knows whether the task has started: what it raises before belongs to its starter."""
+
+    def __init__(self, inner: trio.TaskStatus[Any]) -> None:
+        self._inner = inner
+        self.given = False
+
+    def started(self, value: Any = None) -> None:
+        self._inner.started(value)
+        self.given = True
 
 
 def _only(exc: Exception) -> Exception:

@@ -1,0 +1,91 @@
+"""The control socket of a session: how another terminal asks it to end.
+
+One request and one reply a connection, each a line of JSON: `{"command": "end"}` or `{"command": "abort"}`,
+answered by `{"ok": true}` or `{"ok": false, "error": ...}`. Only the session's own user (or root) is heard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+COMMANDS = ("end", "abort")
+
+_REQUEST_BYTES = 4096
+_PATIENCE = 5.0
+
+
+class ControlError(Exception):
+    """A session could not be asked."""
+
+
+async def serve_control(listener: trio.SocketListener, request: Callable[[str], None]) -> None:
+    """Answers until cancelled; `request` is called with each command that was asked for."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        with trio.move_on_after(_PATIENCE):
+            async with stream:
+                try:
+                    reply = _reply(await _read_line(stream), _is_ours(stream), request)
+                    await stream.send_all(json.dumps(reply).encode() + b"\n")
+                except trio.BrokenResourceError:
+                    return
+
+    await trio.serve_listeners(answer, [listener])
+
+
+async def ask(path: Path, command: str) -> None:
+    """Asks the session whose control socket is at `path`. Raises ControlError."""
+    reply: dict[str, Any] = {}
+    with trio.move_on_after(_PATIENCE) as scope:
+        try:
+            async with await trio.open_unix_socket(os.fspath(path)) as stream:
+                await stream.send_all(json.dumps({"command": command}).encode() + b"\n")
+                reply = json.loads(await _read_line(stream) or b"{}")
+        except (OSError, ValueError, trio.BrokenResourceError) as exc:
+            raise ControlError(f"its control socket does not answer: {exc}") from exc
+    if scope.cancelled_caught:
+        raise ControlError(f"its control socket did not answer within {_PATIENCE:g} s")
+    if not reply.get("ok"):
+        raise ControlError(str(reply.get("error", "it closed the connection without an answer")))
+
+
+async def _read_line(stream: trio.SocketStream) -> bytes:
+    data = b""
+    while b"\n" not in data and len(data) < _REQUEST_BYTES:
+        chunk = await stream.receive_some(_REQUEST_BYTES)
+        if not chunk:
+            break
+        data += chunk
+    return data.split(b"\n", 1)[0]
+
+
+def _reply(line: bytes, ours: bool, request: Callable[[str], None]) -> dict[str, Any]:
+    if not ours:
+        return {"ok": False, "error": "this session belongs to another user"}
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    command = message.get("command") if isinstance(message, dict) else None
+    if command not in COMMANDS:
+        return {"ok": False, "error": f"unknown command; known are {', '.join(COMMANDS)}"}
+    request(command)
+    return {"ok": True}
+
+
+def _is_ours(stream: trio.SocketStream) -> bool:
+    """Where the kernel does not tell the peer (not Linux), the socket's 0600 has to do."""
+    if sys.platform != "linux":
+        return True
+    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid in (0, os.getuid())
