@@ -174,9 +174,9 @@ class Runner:
         async with trio.open_nursery() as outer:
             outer.start_soon(self._sentinel)
             with trio.CancelScope(shield=True):
-                self.outcome = await self._session()
+                self.outcome = outcome = await self._session()
             outer.cancel_scope.cancel()
-        return self.outcome
+        return outcome
 
     async def _sentinel(self) -> None:
         try:
