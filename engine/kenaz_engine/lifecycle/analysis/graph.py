@@ -1,0 +1,284 @@
+"""What is wrong with a lifecycle by a path that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from kenaz_engine.lifecycle.analysis.text import OF_A_STATE, Text, hidden_by
+from kenaz_engine.lifecycle.findings import Finding, Step, route
+from kenaz_engine.lifecycle.model import Arm
+from kenaz_engine.lifecycle.product import LOST, NO, SURE, Edge, Held, Node, Product, components, step
+
+
+class Graph:
+    """A lifecycle beside its product graph."""
+
+    def __init__(self, text: Text, product: Product) -> None:
+        self._text = text
+        self._lifecycle = text.lifecycle
+        self._states = text.lifecycle.states
+        self._product = product
+
+    def findings(self) -> Iterator[Finding]:
+        yield from self._unhandled()
+        if None not in self._text.misspelt.values():
+            yield from self._needs()
+            yield from self._leaks()
+        yield from self._verdicts()
+        yield from self._unmerited()
+        yield from self._cycles()
+        # What follows says that something never happens: only a whole graph can tell.
+        if not self._product.complete:
+            yield Finding(
+                "KL034",
+                "",
+                "",
+                0,
+                "there are too many combinations of states, counters and resources to prove anything",
+                "lower the bounds of the counters, or use fewer of them",
+            )
+            return
+        yield from self._unreached()
+        yield from self._untaken()
+        if None not in self._text.misspelt.values():
+            yield from self._never_arising()
+
+    def _enterings(self) -> Iterator[tuple[Node, Edge]]:
+        """Every edge that enters a state, nearest first."""
+        for node, edges in self._product.edges.items():
+            for edge in edges:
+                if edge.arm is not None:
+                    yield node, edge
+
+    def _firsts(self, wrong: Callable[[Edge], bool]) -> Iterator[tuple[Node, Edge, Arm, tuple[Step, ...]]]:
+        """The first edge of each transition that is wrong, with the path through it."""
+        seen: set[tuple[str, str, int]] = set()
+        for node, edge in self._enterings():
+            key = (node.state, edge.event, edge.nth)
+            if key not in seen and wrong(edge):
+                seen.add(key)
+                assert edge.arm is not None
+                yield node, edge, edge.arm, (*self._product.path(node), step(node, edge))
+
+    def _unhandled(self) -> Iterator[Finding]:
+        for name, events in self._product.arises.items():
+            state = self._states[name]
+            for event, node in events.items():
+                if event in OF_A_STATE or event in state.ignore or self._lifecycle.arms(state, event):
+                    continue
+                yield Finding(
+                    "KL017",
+                    name,
+                    event,
+                    state.line,
+                    f"`{event}` can arise here and is neither handled nor ignored",
+                    "add it under `on`, or to `ignore` where it means nothing",
+                    self._product.path(node),
+                )
+
+    def _needs(self) -> Iterator[Finding]:
+        def unmet(target: str, held: Held) -> list[str]:
+            activity = self._text.activities.get(target)
+            needs = activity.needs if activity is not None else frozenset()
+            resources = zip(self._product.resources, held, strict=True)
+            return [_described(name, h) for name, h in resources if name in needs and h != SURE]
+
+        def finding(
+            state: str, event: str, target: str, held: Held, line: int, path: tuple[Step, ...]
+        ) -> Finding:
+            activity = self._text.activities[target].name
+            message = f"`{target}` runs {activity}, but {_listed(unmet(target, held))}"
+            mend = "first pass, on `done`, through what acquires it"
+            return Finding("KL020", state, event, line, message, mend, path)
+
+        first = self._states[self._lifecycle.initial]
+        nothing: Held = (NO,) * len(self._product.resources)
+        if unmet(first.name, nothing):
+            yield finding(first.name, "", first.name, nothing, first.line, ())
+        for node, edge, arm, path in self._firsts(lambda edge: bool(unmet(edge.target.state, edge.before))):
+            yield finding(node.state, edge.event, arm.target, edge.before, arm.line, path)
+
+    def _leaks(self) -> Iterator[Finding]:
+        def leaks(edge: Edge) -> bool:
+            return bool(self._states[edge.target.state].final) and any(edge.before)
+
+        for node, edge, arm, path in self._firsts(leaks):
+            held = [name for name, h in zip(self._product.resources, edge.before, strict=True) if h != NO]
+            yield Finding(
+                "KL021",
+                node.state,
+                edge.event,
+                arm.line,
+                f"`{arm.target}` ends the session while {_listed(held)} may still be held",
+                "first pass through a state that releases everything",
+                path,
+            )
+
+    def _verdicts(self) -> Iterator[Finding]:
+        def contradicts(edge: Edge) -> bool:
+            final = self._states[edge.target.state].final
+            return final is not None and (final == "failure") != edge.target.failed
+
+        for node, edge, arm, path in self._firsts(contradicts):
+            failed = edge.target.failed
+            yield Finding(
+                "KL031",
+                node.state,
+                edge.event,
+                arm.line,
+                f"`{arm.target}` says {self._states[arm.target].final}, but on this path the session "
+                + ("has failed" if failed else "has not failed"),
+                "guard it with `when: {verdict: success}`" if failed else "add `fail: text` on the way",
+                path,
+            )
+
+    def _unmerited(self) -> Iterator[Finding]:
+        """Success without a goal. The transition that gives the goal up is to blame, not the last one."""
+        if not any(state.goal for state in self._states.values()):
+            return
+
+        def is_unmerited(node: Node) -> bool:
+            return self._states[node.state].final == "success" and not node.failed and not node.goal
+
+        if not any(map(is_unmerited, self._product.edges)):
+            return
+        to_goal = self._text.to_goal
+
+        def gives_up(edge: Edge) -> bool:
+            target = edge.target
+            return not target.goal and not target.failed and target.state not in to_goal
+
+        for node, edge, arm, path in self._firsts(gives_up):
+            onward = self._product.onward(edge.target, is_unmerited)
+            if onward is None or node.state not in to_goal:
+                continue
+            yield Finding(
+                "KL030",
+                node.state,
+                edge.event,
+                arm.line,
+                f"`{edge.event}` gives up the goal, and the session still ends in success",
+                "add `fail: text` to the transition",
+                (*path, *onward),
+            )
+
+    def _cycles(self) -> Iterator[Finding]:
+        """Cycles, as one finding for each sequence of states; traps where no final state can be reached."""
+        seen: set[tuple[tuple[str, str], ...]] = set()
+        order = {node: i for i, node in enumerate(self._product.edges)}
+        ending: set[Node] = set()
+        found: list[tuple[int, Node, tuple[Step, ...], bool]] = []
+        for component in components(self._product):
+            if any(self._states[node.state].final for node in component) or any(
+                edge.target in ending for node in component for edge in self._product.edges[node]
+            ):
+                ending.update(component)
+            entry = min(component, key=order.__getitem__)
+            cycle = self._shortest_cycle(entry, frozenset(component))
+            if cycle:
+                found.append((order[entry], entry, cycle, entry in ending))
+        for _, entry, cycle, ends in sorted(found, key=lambda item: item[0]):
+            key = tuple((s.state, s.event) for s in cycle)
+            if key in seen:
+                continue
+            seen.add(key)
+            path = (*self._product.path(entry), *cycle)
+            line = self._line_of(cycle[-1])
+            if ends or not self._product.complete:
+                yield Finding(
+                    "KL024",
+                    cycle[-1].state,
+                    cycle[-1].event,
+                    line,
+                    f"{route(cycle)} can go round for ever",
+                    "bound it: `count: name` on a transition of the cycle and `when: {below: {name: 5}}`",
+                    path,
+                )
+            else:
+                yield Finding(
+                    "KL011",
+                    entry.state,
+                    "",
+                    self._states[entry.state].line,
+                    "no final state can be reached any more",
+                    "lead some transition out of the cycle",
+                    path,
+                )
+
+    def _shortest_cycle(self, entry: Node, component: frozenset[Node]) -> tuple[Step, ...]:
+        cycles = [
+            (step(entry, edge), *back)
+            for edge in self._product.edges[entry]
+            if edge.target in component
+            and (back := self._product.onward(edge.target, entry.__eq__, component)) is not None
+        ]
+        return min(cycles, key=len, default=())
+
+    def _line_of(self, last: Step) -> int:
+        arms = self._lifecycle.arms(self._states[last.state], last.event)
+        return next((a.line for a in arms if a.target == last.target and a.when == last.guard), 0)
+
+    def _unreached(self) -> Iterator[Finding]:
+        reached = {node.state for node in self._product.edges}
+        for state in self._states.values():
+            if state.name not in reached:
+                yield Finding(
+                    "KL010",
+                    state.name,
+                    "",
+                    state.line,
+                    f"no path leads to `{state.name}`",
+                    "lead a transition to it, or remove it",
+                )
+
+    def _untaken(self) -> Iterator[Finding]:
+        taken = {
+            (self._owner(node.state, edge.event), edge.event, edge.nth) for node, edge in self._enterings()
+        }
+        arising = {
+            (self._owner(name, event), event)
+            for name, events in self._product.arises.items()
+            for event in events
+        }
+        for owner, event in sorted(arising):
+            arms = self._states[owner].on.get(event, ()) if owner else self._lifecycle.any.get(event, ())
+            for index, arm in enumerate(arms):
+                if (owner, event, index) in taken or hidden_by(arms, index) is not None:
+                    continue
+                yield Finding(
+                    "KL026",
+                    owner,
+                    event,
+                    arm.line,
+                    f"on no path is the transition to `{arm.target}` taken",
+                    "remove it, or change its guard or one above it",
+                )
+
+    def _owner(self, state: str, event: str) -> str:
+        return state if event in self._states[state].on or event in self._states[state].ignore else ""
+
+    def _never_arising(self) -> Iterator[Finding]:
+        used: set[str] = set()
+        for name, events in self._product.arises.items():
+            state = self._states[name]
+            used |= {event for event in events if event not in state.on and event not in state.ignore}
+            for event in sorted({*state.on, *(state.ignore - {*OF_A_STATE})} - events.keys()):
+                if self._text.knows(event):
+                    line = state.on[event][0].line if event in state.on else state.line
+                    yield self._cannot_arise(name, event, line)
+        for event, arms in self._lifecycle.any.items():
+            if event not in used and self._text.knows(event) and event not in OF_A_STATE:
+                yield self._cannot_arise("", event, arms[0].line)
+
+    def _cannot_arise(self, owner: str, event: str, line: int) -> Finding:
+        where = f"in `{owner}`" if owner else "in any state that leaves it to `any`"
+        return Finding("KL016", owner, event, line, f"`{event}` cannot arise {where}", "remove it")
+
+
+def _described(resource: str, held: int) -> str:
+    states = {NO: "is not held", LOST: "is lost"}
+    return f"the {resource} {states.get(held, 'may not be held')}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,131 @@
+"""What analysis can find wrong with a lifecycle: the codes, and a finding with the path that shows it.
+
+docs/reference/findings.md explains each code with an example and its mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kenaz_engine.lifecycle.model import Guard
+from kenaz_engine.spec.faults import Fault, Place
+
+Level = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A kind of finding. `code` is stable: it never changes its meaning and is never used again."""
+
+    code: str
+    title: str
+    level: Level = "error"
+
+
+CODES: Mapping[str, Code] = {
+    code.code: code
+    for code in (
+        Code("KL010", "unreachable state", "warning"),
+        Code("KL011", "no way to a final state"),
+        Code("KL012", "state without a deadline"),
+        Code("KL013", "missing outcome"),
+        Code("KL014", "unknown activity"),
+        Code("KL015", "unknown event"),
+        Code("KL016", "event that cannot arise", "warning"),
+        Code("KL017", "event neither handled nor ignored"),
+        Code("KL018", "outcome ignored"),
+        Code("KL019", "event ignored while a goal can be reached"),
+        Code("KL020", "needed resource not surely held"),
+        Code("KL021", "resource still held at the end"),
+        Code("KL022", "failed release that does not end in failure"),
+        Code("KL023", "release that can be aborted"),
+        Code("KL024", "cycle without a bound"),
+        Code("KL025", "transition that can never be taken"),
+        Code("KL026", "guard that is never true", "warning"),
+        Code("KL027", "list that does not end unconditionally"),
+        Code("KL028", "failure that is neither told nor warned of"),
+        Code("KL029", "no goal"),
+        Code("KL030", "success without a goal"),
+        Code("KL031", "final state that contradicts the verdict"),
+        Code("KL032", "transition for all states on an event of one state"),
+        Code("KL033", "bound out of range"),
+        Code("KL034", "too many combinations"),
+    )
+}
+"""Every code, in order. KL001 to KL009 belong to the loader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One event in one state. `target` is the state itself where the event was `ignored`; `guard` is the one
+    of the transition taken."""
+
+    state: str
+    event: str
+    target: str
+    guard: Guard | None = None
+    ignored: bool = False
+
+
+def route(steps: Sequence[Step]) -> str:
+    """The steps as one line: `booting --done--> connecting --error--> killing`.
+
+    A guard on the event's data is shown, for the path needs it; verdict and counters follow from the path.
+    """
+    if not steps:
+        return ""
+    parts = [steps[0].state]
+    for step in steps:
+        label = step.event
+        if step.guard is not None and step.guard.kind == "data":
+            label += f"[{step.guard.key}={json_like(step.guard.value)}]"
+        if step.ignored:
+            label += "(ignored)"
+        parts.append(f"--{label}--> {step.target}")
+    return " ".join(parts)
+
+
+def json_like(value: object) -> str:
+    """A scalar as it is written in YAML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing wrong with a lifecycle.
+
+    `state` is empty for what concerns `any` or the whole, `event` for what concerns the state as such. `line`
+    is the place in the lifecycle's file (0: none). `path` is a shortest way from the initial state to the
+    fault; it is empty where the fault shows without any path.
+    """
+
+    code: str
+    state: str
+    event: str
+    line: int
+    message: str
+    mend: str
+    path: tuple[Step, ...] = ()
+
+    @property
+    def level(self) -> Level:
+        """`error` refuses the lifecycle; `warning` does not."""
+        return CODES[self.code].level
+
+    @property
+    def where(self) -> str:
+        """The dotted place in the document: `states.running.on.end`."""
+        owner = ["states", self.state] if self.state else []
+        if not self.event:
+            return ".".join(owner)
+        return ".".join([*owner, "on", self.event] if owner else ["any", self.event])
+
+    def fault(self, file: str) -> Fault:
+        """The finding as a fault of that file, on one line."""
+        message = f"{self.message}; path: {route(self.path)}" if self.path else self.message
+        place = Place(file, self.line, 1) if self.line else Place(file)
+        return Fault(place, self.where, message, self.mend, self.code, self.level)
