@@ -1,0 +1,123 @@
+"""What the guest is given: its disks, its boot parameters, and the request that the driver plans from."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
+from kenaz_engine.images.catalog import Image
+from kenaz_engine.session.prepare import Prepared
+
+ENVIRONMENT_FILE = "kenaz.env"
+"""The file on the config disk; systemd's EnvironmentFile syntax."""
+
+_CONNECTOR = re.compile(r"[a-z][a-z0-9-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the things of one session are: `directory` is its own, `sockets` is short enough for sockets."""
+
+    directory: Path
+    sockets: Path
+
+    @property
+    def channel(self) -> Path:
+        """The socket on which the launcher listens for the guest."""
+        return self.sockets / "channel.sock"
+
+    @property
+    def control(self) -> Path:
+        """The socket on which other terminals ask."""
+        return self.sockets / "control.sock"
+
+    def disk(self, role: str, disk_format: str) -> Path:
+        """The ephemeral disk, or the config disk, in one of the driver's formats."""
+        return self.directory / (role if disk_format == "directory" else f"{role}.{disk_format}")
+
+
+def disk_formats(prepared: Prepared) -> tuple[str, str]:
+    """The formats of the root disk and of the config disk."""
+    root = prepared.capabilities.disk_formats[0]
+    return root, "directory" if root == "directory" else "raw"
+
+
+def guest_address(prepared: Prepared, layout: Layout) -> str:
+    """Where the guest finds the channel: `KENAZ_CHANNEL`."""
+    match prepared.transport:
+        case "virtio-serial":
+            return f"virtio-serial:{VIRTIO_SERIAL_PORT}"
+        case "vsock":
+            return f"vsock:2:{prepared.resolved.channel.port}"
+        case _:
+            return f"unix:{layout.channel}"
+
+
+def guest_variables(prepared: Prepared, layout: Layout, token: str) -> dict[str, str]:
+    """The boot parameters, by the names that images read (docs/reference/image.md)."""
+    resolved = prepared.resolved
+    variables = {
+        "HARNESS_VM_TOKEN": token,
+        "HARNESS_VM_PORT": str(resolved.channel.port),
+        "SIGIL_WORKBENCH_ID": resolved.id,
+        "KENAZ_SESSION_ID": resolved.id,
+        "KENAZ_CHANNEL": guest_address(prepared, layout),
+        "KENAZ_WORKBENCH_BUILD": resolved.workbench.build,
+        "KENAZ_WORKBENCH_ARGS": json.dumps(list(resolved.workbench.args)),
+        **{f"KENAZ_ENVGRANT_{name}": value for name, value in resolved.workbench.env.items()},
+    }
+    connectors = connector_ids(resolved.tools.allow)
+    return variables | ({"KENAZ_MCP_ALLOWLIST": ",".join(connectors)} if connectors else {})
+
+
+def connector_ids(patterns: Iterable[str]) -> list[str]:
+    """The connectors that the tool patterns name, by their first segment (`fs` of `fs.*`).
+
+    Today's guest refuses the whole list for one id that it cannot read, and blocks all where there is none; so
+    a pattern that names no connector adds none.
+    """
+    first = {pattern.split(".", 1)[0] for pattern in patterns}
+    return sorted(name for name in first if _CONNECTOR.fullmatch(name))
+
+
+def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple[str, ...]:
+    """The command that is the guest where there is no machine."""
+    agent = resources.files("kenaz_engine.guest") / "agent.py"
+    config = layout.disk("config", config_format) / ENVIRONMENT_FILE
+    root = layout.disk("root", root_format)
+    return (sys.executable, "-I", str(agent), "--env", str(config), "--root", str(root))
+
+
+def launch_request(prepared: Prepared, layout: Layout, image: Image | None, cid: int | None) -> LaunchRequest:
+    """What the driver plans from. `image` is None for drivers that boot none."""
+    resolved = prepared.resolved
+    root, config = disk_formats(prepared)
+    return LaunchRequest(
+        session=resolved.id,
+        directory=str(layout.directory),
+        runtime=str(layout.sockets),
+        cpus=resolved.machine.cpus,
+        memory=resolved.machine.memory,
+        transport=prepared.transport,
+        channel="" if prepared.transport == "vsock" else str(layout.channel),
+        port=resolved.channel.port,
+        capabilities=prepared.capabilities,
+        kernel=str(image.kernel) if image else "",
+        initrd=str(image.initrd) if image else "",
+        cmdline=image.cmdline if image else "",
+        disks=(
+            Disk("root", str(layout.disk("root", root)), root),
+            Disk("config", str(layout.disk("config", config)), config, readonly=True),
+        ),
+        display=resolved.machine.display,
+        network=resolved.network,
+        cid=cid,
+        agent=() if image else agent_command(layout, root, config),
+        options=resolved.driver_options.get(prepared.driver.name, {}),
+    )

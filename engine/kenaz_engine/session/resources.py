@@ -1,0 +1,84 @@
+"""How each kind of resource is made and given back: by the process that made it, or from the journal alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kenaz_engine.session.ledger import Made
+
+Intent = Mapping[str, Any]
+
+
+def file_handle(path: Path) -> dict[str, Any]:
+    """What tells this file from another that later has its path. Raises FileNotFoundError."""
+    status = path.lstat()
+    return {"path": str(path), "device": status.st_dev, "inode": status.st_ino}
+
+
+def is_same(handle: Mapping[str, Any]) -> bool:
+    """True while the path still names the file of the handle."""
+    try:
+        status = Path(handle["path"]).lstat()
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == (handle["device"], handle["inode"])
+
+
+def made_file(path: Path) -> Made:
+    """A file or socket that now exists; it is given back by unlinking it."""
+    handle = file_handle(path)
+
+    async def release() -> None:
+        if is_same(handle):
+            path.unlink(missing_ok=True)
+
+    return Made(handle, release)
+
+
+def made_directory(path: Path) -> Made:
+    """A directory that now exists; it is given back with all that is in it."""
+    handle = file_handle(path)
+
+    async def release() -> None:
+        if is_same(handle):
+            shutil.rmtree(path)
+
+    return Made(handle, release)
+
+
+async def _unlink(intent: Intent) -> None:
+    """The path was ours alone to make: it lies in the session's own directory."""
+    Path(intent["path"]).unlink(missing_ok=True)
+
+
+async def _remove_tree(intent: Intent) -> None:
+    path = Path(intent["path"])
+    if path.exists():
+        shutil.rmtree(path)
+
+
+async def _nothing(intent: Intent) -> None:
+    """What lives and dies with the launcher's process."""
+
+
+BY_INTENT: Mapping[str, Callable[[Intent], Awaitable[None]]] = {
+    "file": _unlink,
+    "socket": _unlink,
+    "directory": _remove_tree,
+    "image-reference": _nothing,
+    "machine": _nothing,
+    "stream": _nothing,
+    "cid": _nothing,
+}
+"""Release from an intent alone, by kind: for an act that failed, or that nobody saw the end of. A machine
+without a handle has died with its launcher (see kenaz_drivers/_common/guard.py)."""
+
+
+def open_reference(path: Path) -> tuple[int, Mapping[str, Any]]:
+    """An open file of the image, which keeps it in use; its handle. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    return file, file_handle(path)
