@@ -50,8 +50,7 @@ CODES: Mapping[str, Code] = {
         Code("KL030", "success without a goal"),
         Code("KL031", "final state that contradicts the verdict"),
         Code("KL032", "transition for all states on an event of one state"),
-        Code("KL033", "bound out of range"),
-        Code("KL034", "too many combinations"),
+        Code("KL033", "too many combinations"),
     )
 }
 """Every code, in order. KL001 to KL009 belong to the loader."""
@@ -59,13 +58,14 @@ CODES: Mapping[str, Code] = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One event in one state. `target` is the state itself where the event was `ignored`; `guard` is the one
-    of the transition taken."""
+    """One event in one state. `target` is the state itself where the event was `ignored`; `guard` and `line`
+    are those of the transition taken."""
 
     state: str
     event: str
     target: str
     guard: Guard | None = None
+    line: int = 0
     ignored: bool = False
 
 
@@ -98,9 +98,10 @@ def json_like(value: object) -> str:
 class Finding:
     """One thing wrong with a lifecycle.
 
-    `state` is empty for what concerns `any` or the whole, `event` for what concerns the state as such. `line`
-    is the place in the lifecycle's file (0: none). `path` is a shortest way from the initial state to the
-    fault; it is empty where the fault shows without any path.
+    `state` is empty for what concerns `any` or the whole, `event` for what concerns the state as such.
+    `under` is the part of the state that the event stands in (`on`, `ignore`), empty where it stands nowhere.
+    `line` is the place in the lifecycle's file (0: none). `path` is a shortest way from the initial state to
+    the fault; it is empty where the fault shows without any path.
     """
 
     code: str
@@ -110,6 +111,7 @@ class Finding:
     message: str
     mend: str
     path: tuple[Step, ...] = ()
+    under: Literal["on", "ignore", ""] = "on"
 
     @property
     def level(self) -> Level:
@@ -119,10 +121,10 @@ class Finding:
     @property
     def where(self) -> str:
         """The dotted place in the document: `states.running.on.end`."""
-        owner = ["states", self.state] if self.state else []
-        if not self.event:
-            return ".".join(owner)
-        return ".".join([*owner, "on", self.event] if owner else ["any", self.event])
+        if not self.state:
+            return f"any.{self.event}" if self.event else ""
+        place = {"on": f".on.{self.event}", "ignore": ".ignore", "": ""}
+        return f"states.{self.state}{place[self.under] if self.event else ''}"
 
     def fault(self, file: str) -> Fault:
         """The finding as a fault of that file, on one line."""

@@ -23,9 +23,6 @@ SURE: Final = 2
 LOST: Final = 3
 """How a resource is held. A lost one is gone and raises nothing more, but is still to be released."""
 
-HIGHEST_BOUND: Final = 100
-"""The highest bound of a counter; exploration takes a higher one for this."""
-
 Held = tuple[int, ...]
 
 LIMIT: Final = 20_000
@@ -94,11 +91,27 @@ class Product:
                     queue.append(edge.target)
         return None
 
+    def leading_to(self, wanted: Callable[[Node], bool]) -> set[Node]:
+        """The nodes that are wanted, and all from which one of them can be reached."""
+        sources: dict[Node, list[Node]] = {}
+        for node, edges in self.edges.items():
+            for edge in edges:
+                sources.setdefault(edge.target, []).append(node)
+        found = set(filter(wanted, self.edges))
+        queue = deque(found)
+        while queue:
+            for node in sources.get(queue.popleft(), ()):
+                if node not in found:
+                    found.add(node)
+                    queue.append(node)
+        return found
+
 
 def step(node: Node, edge: Edge) -> Step:
     """An edge as people see it."""
-    guard = edge.arm.when if edge.arm else None
-    return Step(node.state, edge.event, edge.target.state, guard, ignored=edge.arm is None)
+    if edge.arm is None:
+        return Step(node.state, edge.event, edge.target.state, ignored=True)
+    return Step(node.state, edge.event, edge.target.state, edge.arm.when, edge.arm.line)
 
 
 def explore(lifecycle: Lifecycle, vocabulary: Vocabulary, activities: Mapping[str, Activity]) -> Product:
@@ -198,7 +211,7 @@ class _Explorer:
     def _holds(self, guard: Guard, node: Node) -> bool:
         if guard.kind == "verdict":
             return bool(guard.value == ("failure" if node.failed else "success"))
-        return bool(node.counters[self._counter[guard.key]] < min(guard.value, HIGHEST_BOUND))
+        return bool(node.counters[self._counter[guard.key]] < guard.value)
 
     def _counted(self, counters: tuple[int, ...], arm: Arm) -> tuple[int, ...]:
         """A counter stops at the highest bound that anything asks for: beyond it no guard can tell."""
@@ -231,8 +244,7 @@ def _bounds(lifecycle: Lifecycle) -> dict[str, int]:
     tables = [lifecycle.any, *(state.on for state in lifecycle.states.values())]
     for arm in (arm for table in tables for arms in table.values() for arm in arms):
         if arm.when is not None and arm.when.kind == "below":
-            bound = min(arm.when.value, HIGHEST_BOUND)
-            bounds[arm.when.key] = max(bounds.get(arm.when.key, 0), bound)
+            bounds[arm.when.key] = max(bounds.get(arm.when.key, 0), arm.when.value)
     return bounds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from kenaz_engine.lifecycle.analysis.text import OF_A_STATE, Text, hidden_by
 from kenaz_engine.lifecycle.findings import Finding, Step, route
@@ -30,7 +31,7 @@ class Graph:
         # What follows says that something never happens: only a whole graph can tell.
         if not self._product.complete:
             yield Finding(
-                "KL034",
+                "KL033",
                 "",
                 "",
                 0,
@@ -50,12 +51,14 @@ class Graph:
                 if edge.arm is not None:
                     yield node, edge
 
-    def _firsts(self, wrong: Callable[[Edge], bool]) -> Iterator[tuple[Node, Edge, Arm, tuple[Step, ...]]]:
+    def _firsts(
+        self, wrong: Callable[[Node, Edge], bool]
+    ) -> Iterator[tuple[Node, Edge, Arm, tuple[Step, ...]]]:
         """The first edge of each transition that is wrong, with the path through it."""
         seen: set[tuple[str, str, int]] = set()
         for node, edge in self._enterings():
             key = (node.state, edge.event, edge.nth)
-            if key not in seen and wrong(edge):
+            if key not in seen and wrong(node, edge):
                 seen.add(key)
                 assert edge.arm is not None
                 yield node, edge, edge.arm, (*self._product.path(node), step(node, edge))
@@ -74,6 +77,7 @@ class Graph:
                     f"`{event}` can arise here and is neither handled nor ignored",
                     "add it under `on`, or to `ignore` where it means nothing",
                     self._product.path(node),
+                    under="",
                 )
 
     def _needs(self) -> Iterator[Finding]:
@@ -95,11 +99,13 @@ class Graph:
         nothing: Held = (NO,) * len(self._product.resources)
         if unmet(first.name, nothing):
             yield finding(first.name, "", first.name, nothing, first.line, ())
-        for node, edge, arm, path in self._firsts(lambda edge: bool(unmet(edge.target.state, edge.before))):
+        for node, edge, arm, path in self._firsts(
+            lambda _, edge: bool(unmet(edge.target.state, edge.before))
+        ):
             yield finding(node.state, edge.event, arm.target, edge.before, arm.line, path)
 
     def _leaks(self) -> Iterator[Finding]:
-        def leaks(edge: Edge) -> bool:
+        def leaks(_: Node, edge: Edge) -> bool:
             return bool(self._states[edge.target.state].final) and any(edge.before)
 
         for node, edge, arm, path in self._firsts(leaks):
@@ -115,7 +121,7 @@ class Graph:
             )
 
     def _verdicts(self) -> Iterator[Finding]:
-        def contradicts(edge: Edge) -> bool:
+        def contradicts(_: Node, edge: Edge) -> bool:
             final = self._states[edge.target.state].final
             return final is not None and (final == "failure") != edge.target.failed
 
@@ -140,56 +146,52 @@ class Graph:
         def is_unmerited(node: Node) -> bool:
             return self._states[node.state].final == "success" and not node.failed and not node.goal
 
-        if not any(map(is_unmerited, self._product.edges)):
-            return
-        to_goal = self._text.to_goal
+        leading = self._product.leading_to(is_unmerited)
+        hopeful = self._text.to_goal
 
-        def gives_up(edge: Edge) -> bool:
-            target = edge.target
-            return not target.goal and not target.failed and target.state not in to_goal
+        def gives_up(node: Node, edge: Edge) -> bool:
+            if edge.target not in leading:
+                return False
+            if self._lifecycle.initial not in hopeful:
+                return is_unmerited(edge.target)
+            return node.state in hopeful and edge.target.state not in hopeful
 
         for node, edge, arm, path in self._firsts(gives_up):
             onward = self._product.onward(edge.target, is_unmerited)
-            if onward is None or node.state not in to_goal:
-                continue
+            assert onward is not None
             yield Finding(
                 "KL030",
                 node.state,
                 edge.event,
                 arm.line,
-                f"`{edge.event}` gives up the goal, and the session still ends in success",
+                f"`{edge.event}` leads past the goal, and the session still ends in success",
                 "add `fail: text` to the transition",
                 (*path, *onward),
             )
 
     def _cycles(self) -> Iterator[Finding]:
-        """Cycles, as one finding for each sequence of states; traps where no final state can be reached."""
-        seen: set[tuple[tuple[str, str], ...]] = set()
+        """Cycles, once for each sequence of events; those without a way to a final state are traps."""
+        ending = self._product.leading_to(lambda node: self._states[node.state].final is not None)
         order = {node: i for i, node in enumerate(self._product.edges)}
-        ending: set[Node] = set()
-        found: list[tuple[int, Node, tuple[Step, ...], bool]] = []
+        entries: dict[Node, tuple[Step, ...]] = {}
         for component in components(self._product):
-            if any(self._states[node.state].final for node in component) or any(
-                edge.target in ending for node in component for edge in self._product.edges[node]
-            ):
-                ending.update(component)
             entry = min(component, key=order.__getitem__)
-            cycle = self._shortest_cycle(entry, frozenset(component))
-            if cycle:
-                found.append((order[entry], entry, cycle, entry in ending))
-        for _, entry, cycle, ends in sorted(found, key=lambda item: item[0]):
-            key = tuple((s.state, s.event) for s in cycle)
-            if key in seen:
+            if cycle := self._shortest_cycle(entry, frozenset(component)):
+                entries[entry] = cycle
+        seen: set[tuple[Step, ...]] = set()
+        for entry in sorted(entries, key=order.__getitem__):
+            path = (*self._product.path(entry), *entries[entry])
+            cycle = self._turned(entries[entry])
+            if cycle in seen:
                 continue
-            seen.add(key)
-            path = (*self._product.path(entry), *cycle)
-            line = self._line_of(cycle[-1])
-            if ends or not self._product.complete:
+            seen.add(cycle)
+            last = cycle[-1]
+            if entry in ending or not self._product.complete:
                 yield Finding(
                     "KL024",
-                    cycle[-1].state,
-                    cycle[-1].event,
-                    line,
+                    last.state,
+                    last.event,
+                    last.line,
                     f"{route(cycle)} can go round for ever",
                     "bound it: `count: name` on a transition of the cycle and `when: {below: {name: 5}}`",
                     path,
@@ -200,7 +202,7 @@ class Graph:
                     entry.state,
                     "",
                     self._states[entry.state].line,
-                    "no final state can be reached any more",
+                    "no final state can be reached from here",
                     "lead some transition out of the cycle",
                     path,
                 )
@@ -214,9 +216,11 @@ class Graph:
         ]
         return min(cycles, key=len, default=())
 
-    def _line_of(self, last: Step) -> int:
-        arms = self._lifecycle.arms(self._states[last.state], last.event)
-        return next((a.line for a in arms if a.target == last.target and a.when == last.guard), 0)
+    def _turned(self, cycle: tuple[Step, ...]) -> tuple[Step, ...]:
+        """The cycle from its earliest state on, so that its last step is the one that goes back."""
+        order = list(self._product.arises)
+        first = min(range(len(cycle)), key=lambda i: order.index(cycle[i].state))
+        return (*cycle[first:], *cycle[:first])
 
     def _unreached(self) -> Iterator[Finding]:
         reached = {node.state for node in self._product.edges}
@@ -263,9 +267,12 @@ class Graph:
             state = self._states[name]
             used |= {event for event in events if event not in state.on and event not in state.ignore}
             for event in sorted({*state.on, *(state.ignore - {*OF_A_STATE})} - events.keys()):
-                if self._text.knows(event):
-                    line = state.on[event][0].line if event in state.on else state.line
-                    yield self._cannot_arise(name, event, line)
+                if not self._text.knows(event):
+                    continue
+                if event in state.on:
+                    yield self._cannot_arise(name, event, state.on[event][0].line)
+                else:
+                    yield replace(self._cannot_arise(name, event, state.line), under="ignore")
         for event, arms in self._lifecycle.any.items():
             if event not in used and self._text.knows(event) and event not in OF_A_STATE:
                 yield self._cannot_arise("", event, arms[0].line)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from kenaz_engine.lifecycle.findings import Finding
 from kenaz_engine.lifecycle.model import OUTCOMES, REQUESTS, Arm, Lifecycle, State
-from kenaz_engine.lifecycle.product import HIGHEST_BOUND
 from kenaz_engine.lifecycle.vocabulary import Activity, Vocabulary
 
 OF_A_STATE = (*OUTCOMES, "idle")
@@ -80,23 +80,24 @@ class Text:
             yield finding("KL012", "", "the state can last for ever", "give it a `timeout`")
         for event in _due(state):
             if event not in state.on and event not in state.ignore:
-                yield finding(
-                    "KL013", event, f"nothing says what follows on `{event}`", f"add `{event}` under `on`"
-                )
+                message = f"nothing says what follows on `{event}`"
+                yield replace(finding("KL013", event, message, f"add `{event}` under `on`"), under="")
         for event in sorted(state.ignore):
-            if event in OF_A_STATE:
-                yield finding("KL018", event, f"`{event}` cannot be ignored", "say under `on` where it leads")
-            elif not self.knows(event):
-                yield self._unknown(state.name, event, state.line)
-            elif state.name in self.to_goal:
-                yield finding(
-                    "KL019",
-                    event,
-                    f"`{event}` is ignored although the session can still reach its goal",
-                    "handle it under `on`",
-                )
+            if (found := self._ignored(state, event)) is not None:
+                yield replace(found, under="ignore")
         if (activity := self.activities.get(state.name)) is not None and activity.releases_all:
             yield from self._release(state, finding)
+
+    def _ignored(self, state: State, event: str) -> Finding | None:
+        if event in OF_A_STATE:
+            message = f"`{event}` cannot be ignored"
+            return Finding("KL018", state.name, event, state.line, message, "say under `on` where it leads")
+        if not self.knows(event):
+            return self._unknown(state.name, event, state.line)
+        if state.name in self.to_goal:
+            message = f"`{event}` is ignored although the session can still reach its goal"
+            return Finding("KL019", state.name, event, state.line, message, "handle it under `on`")
+        return None
 
     def _release(self, state: State, finding: Callable[..., Finding]) -> Iterator[Finding]:
         for event in ("error", "timeout"):
@@ -148,14 +149,6 @@ class Text:
                     f"`{event}` leads to `{arm.target}` and nobody is told",
                     "add `fail: text` where it spoils the session, `warn: text` where it does not",
                 )
-            guard = arm.when
-            if guard is not None and guard.kind == "below" and not 1 <= guard.value <= HIGHEST_BOUND:
-                yield finding(
-                    "KL033",
-                    arm.line,
-                    f"the counter `{guard.key}` is bounded by {guard.value}",
-                    f"choose a bound from 1 to {HIGHEST_BOUND}",
-                )
 
     def _must_tell(self, owner: str, event: str) -> bool:
         if event in ("error", "timeout") or event in self.alarms:
@@ -170,6 +163,7 @@ class Text:
         )
 
     def knows(self, event: str) -> bool:
+        """Whether a transition can name that event."""
         return event in OF_A_STATE or event in REQUESTS or event in self.raised
 
     def _unknown(self, owner: str, event: str, line: int) -> Finding:
