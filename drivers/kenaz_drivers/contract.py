@@ -51,6 +51,7 @@ class Capabilities:
     `transports` and `disk_formats` are in the driver's order of preference. `deadline_scale` is what the
     deadlines of states that wait for the guest are multiplied by (5.0 under emulation). `isolates` is False
     where the "guest" is not kept from the host. `boots_image` is False where no disk image is needed.
+    `data` is plain JSON that the driver's own `plan` needs of what `probe` saw.
     """
 
     usable: bool
@@ -62,6 +63,7 @@ class Capabilities:
     disk_formats: tuple[str, ...] = ()
     boots_image: bool = True
     isolates: bool = True
+    data: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

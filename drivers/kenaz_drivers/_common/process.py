@@ -1,0 +1,273 @@
+"""Child processes that cannot outlive the launcher, and processes known only by their handle.
+
+trio's own `open_process` starts children from a worker thread. The kernel's parent-death signal is sent when
+the *thread* that forked ends, and trio ends an idle worker after ten seconds; so children are started here,
+on the calling thread, which must be the one that runs trio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import trio
+
+from kenaz_drivers.contract import DriverError, JsonObject
+
+GUARD = Path(__file__).with_name("guard.py")
+
+_POLL = 0.05  # seconds between looks at a process that cannot be waited for
+_Stdio = int | IO[bytes]
+
+
+def boot_id() -> str:
+    """Names this boot of the machine; empty where the platform does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """State letter and start time of a process; empty strings when there is none (proc(5), fields 3, 22)."""
+    if sys.platform == "linux":
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "", ""
+        fields = text.rpartition(")")[2].split()  # the name in field 2 may hold spaces and parentheses
+        state, started = fields[0], fields[19]
+    elif sys.platform == "win32":
+        state, started = "", ""
+    else:
+        command = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        state, _, started = done.stdout.strip().partition(" ")
+    return state[:1], started.strip()
+
+
+def identify(pid: int) -> dict[str, str | int]:
+    """The handle of a running process: its pid, and what tells it from a later one of the same pid."""
+    return {"pid": pid, "start_time": _stat(pid)[1], "boot_id": boot_id()}
+
+
+def is_alive(handle: JsonObject) -> bool:
+    """Whether the very process of that handle still runs. A zombie does not."""
+    if handle.get("boot_id", "") != boot_id():
+        return False
+    state, started = _stat(int(handle["pid"]))
+    return bool(started) and started == handle.get("start_time") and state not in {"Z", "X"}
+
+
+async def terminate(handle: JsonObject, *, deadline: float = 5.0) -> None:
+    """Kills the process of that handle, with the group that it leads, from whatever process we are.
+
+    Returns when it is gone, at once when it was gone already. A number alone is never signalled: on Linux a
+    pidfd pins the process before its start time is compared. Raises DriverError when it is still there after
+    `deadline` seconds.
+    """
+    pid = int(handle["pid"])
+    with trio.move_on_after(deadline):
+        if sys.platform == "linux":
+            await _terminate_by_pidfd(pid, handle)
+        elif sys.platform == "win32":
+            raise DriverError(f"process {pid} cannot be told from a later one here", hint="end it by hand")
+        else:
+            while is_alive(handle):
+                os.kill(pid, signal.SIGKILL)
+                await trio.sleep(_POLL)
+    if is_alive(handle):
+        raise _undead(pid)
+
+
+if sys.platform == "linux":
+
+    async def _terminate_by_pidfd(pid: int, handle: JsonObject) -> None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            if is_alive(handle):
+                # Frozen, it cannot exit, so that its number still names its group in the next lines.
+                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+                if os.getpgid(pid) == pid:
+                    os.killpg(pid, signal.SIGKILL)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await trio.lowlevel.wait_readable(pidfd)
+        except ProcessLookupError:
+            return
+        except PermissionError as error:
+            raise DriverError(f"process {pid} belongs to another user", hint="end it as that user") from error
+        finally:
+            os.close(pidfd)
+
+
+def _undead(pid: int) -> DriverError:
+    return DriverError(
+        f"process {pid} does not die", hint="it is probably waiting for a device: `ps -o stat,wchan` tells"
+    )
+
+
+class ChildProcess:
+    """A child of ours, leader of its own process group. It must be waited for."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int | None) -> None:
+        self._popen = popen
+        self._pidfd = pidfd
+        self._waiting = trio.Lock()
+        self._ended = False
+        self.handle: JsonObject = identify(popen.pid)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    async def wait(self) -> int:
+        """Returns the exit code, negative for a signal; kills what is left of the group. For any task."""
+        async with self._waiting:
+            if not self._ended:
+                if self._pidfd is not None:
+                    await trio.lowlevel.wait_readable(self._pidfd)
+                else:
+                    await trio.to_thread.run_sync(self._popen.wait, abandon_on_cancel=True)
+                # With a pidfd this comes before the child is reaped: until then its number is its own.
+                self.kill_group()
+                self._popen.wait()
+                self._ended = True
+                if self._pidfd is not None:
+                    os.close(self._pidfd)
+        return self._popen.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signals the child alone; does nothing when it is gone."""
+        if not self._ended:
+            self._popen.send_signal(number)
+
+    def kill_group(self) -> None:
+        """Kills the child and every process of its group; does nothing when it is gone."""
+        if self._ended:
+            return
+        if sys.platform == "win32":
+            self._popen.kill()
+        else:
+            # macOS says EPERM when only zombies are left.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def end(self, *graces: tuple[signal.Signals, float], limit: float = 5.0) -> int:
+        """Sends each signal and waits its grace, in seconds; then kills the group and waits `limit`.
+
+        Shielded: when it returns, the child is reaped. Raises DriverError when the kernel keeps it.
+        """
+        with trio.CancelScope(shield=True):
+            for number, grace in graces:
+                self.send_signal(number)
+                with trio.move_on_after(grace):
+                    return await self.wait()
+            self.kill_group()
+            with trio.move_on_after(limit):
+                return await self.wait()
+        raise _undead(self.pid)
+
+
+if sys.platform == "win32":
+
+    def open_pipe() -> tuple[trio.abc.ReceiveStream, int]:
+        raise DriverError("a child's output cannot be read on this platform", hint="use WSL")
+
+else:
+
+    def open_pipe() -> tuple[trio.abc.ReceiveStream, int]:
+        """A pipe to read a child's output from, and the end to give to `spawn` and to close then."""
+        ours, theirs = os.pipe()
+        return trio.lowlevel.FdStream(ours), theirs
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    descriptors: Mapping[int, int] | None = None,
+    stdin: _Stdio = subprocess.DEVNULL,
+    stdout: _Stdio = subprocess.DEVNULL,
+    stderr: _Stdio = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    limits: Mapping[str, int] | None = None,
+    no_new_privileges: bool = False,
+) -> ChildProcess:
+    """Starts a program in a session of its own, tied to the calling thread's life where the platform can.
+
+    `descriptors` maps the numbers that the program shall see to open descriptors of ours. `limits` are
+    resource limits by lower-case name (`core`, `data`). Raises DriverError when no process can be made; a
+    program that cannot be executed shows as exit code 127 with the reason on its stderr.
+    """
+    wanted = dict(descriptors or {})
+    if sys.platform == "win32":
+        if wanted:
+            raise DriverError("descriptors cannot be passed to a child on this platform", hint="use WSL")
+        command = list(argv)
+    else:
+        command = [sys.executable, "-I", "-S", "-E", str(GUARD), "--parent", str(os.getpid())]
+        command += [f"--dup={ours}:{theirs}" for theirs, ours in wanted.items()]
+        command += [f"--limit={name}:{value}" for name, value in (limits or {}).items()]
+        command += ["--no-new-privileges"] if no_new_privileges else []
+        command += ["--", *argv]
+    try:
+        popen = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            pass_fds=tuple(wanted.values()),
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        raise DriverError(f"cannot start {argv[0]}: {error}") from error
+    pidfd = None
+    if sys.platform == "linux":
+        try:
+            pidfd = os.pidfd_open(popen.pid)
+        except OSError:  # before Linux 5.3, or out of descriptors: wait in a thread
+            pidfd = None
+    return ChildProcess(popen, pidfd)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """How a short program ended: its exit code, None when it had to be killed, and all that it printed."""
+
+    code: int | None
+    text: str
+
+
+async def capture(argv: Sequence[str], *, deadline: float, limit: int = 1 << 20) -> Captured:
+    """Runs a program for at most `deadline` seconds and keeps the first `limit` bytes of what it prints.
+
+    Whatever happens, cancellation included, no process is left. Raises DriverError like `spawn`.
+    """
+    stream, theirs = open_pipe()
+    output = bytearray()
+    async with stream:
+        try:
+            child = spawn(argv, stdout=theirs, stderr=theirs, env={"LC_ALL": "C.UTF-8"})
+        finally:
+            os.close(theirs)
+        code: int | None = None
+        try:
+            with trio.move_on_after(deadline):
+                async for data in stream:
+                    output += data[: limit - len(output)]
+                code = await child.wait()
+        finally:
+            await child.end()
+    return Captured(code, output.decode("utf-8", "replace"))

@@ -1,0 +1,176 @@
+"""The driver `process`: the guest's agent as a child process, for hosts without a hypervisor.
+
+It keeps the agent from the terminal, the environment and core dumps of the launcher, and bounds its memory.
+It keeps it from nothing else: the agent runs as the user who runs the launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import ClassVar
+
+import trio
+
+from kenaz_drivers._common.background import open_background
+from kenaz_drivers._common.output import Console
+from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn, terminate
+from kenaz_drivers.contract import (
+    Capabilities,
+    DriverError,
+    Exit,
+    JsonObject,
+    LaunchPlan,
+    LaunchRequest,
+    Reason,
+)
+
+TERM_GRACE = 0.2
+DRAIN_GRACE = 0.5
+"""Seconds for the last output of an agent that has ended, which a child of its own may keep open."""
+
+_NO_ISOLATION = "the driver process isolates nothing: the agent runs as you, on this machine"
+
+
+def describe_exit(code: int, asked: bool) -> Exit:
+    """How the agent ended; `asked` says that the power button was pressed before."""
+    if code == 0:
+        return Exit(True, "the agent ended", code)
+    if code == -signal.SIGTERM and asked:
+        return Exit(True, "the agent ended on SIGTERM, as it was asked to", code)
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return Exit(False, f"{name} killed the agent", code)
+    return Exit(False, f"the agent ended with code {code}", code)
+
+
+class ProcessMachine:
+    """A running agent. Made by `ProcessDriver.launch` only."""
+
+    def __init__(self, child: ChildProcess, console: trio.abc.ReceiveStream) -> None:
+        self._child = child
+        self._console = console
+        self._asked = False
+        self._exit: Exit | None = None
+        self._gone = trio.Event()
+
+    @property
+    def handle(self) -> JsonObject:
+        return self._child.handle
+
+    async def watch(self) -> None:
+        """Waits for the end of the agent and makes it known; then ends the console."""
+        code = await self._child.wait()
+        self._exit = describe_exit(code, self._asked)
+        self._gone.set()
+        await trio.sleep(DRAIN_GRACE)
+        await self._console.aclose()
+
+    async def ready(self) -> None:
+        """The agent runs from its first instruction on; whether it dials shows on the channel."""
+        await trio.lowlevel.checkpoint()
+        if self._exit is not None:
+            raise DriverError(self._exit.reason)
+
+    async def wait(self) -> Exit:
+        await self._gone.wait()
+        assert self._exit is not None
+        return self._exit
+
+    async def powerdown(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._asked = True
+        self._child.send_signal(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        with trio.CancelScope(shield=True):
+            await self._child.end()
+            await self._gone.wait()
+
+    def console(self) -> AsyncIterator[bytes]:
+        return Console(self._console)
+
+
+class ProcessDriver:
+    """Runs the agent itself, without any machine around it."""
+
+    name: ClassVar[str] = "process"
+    options_schema: ClassVar[JsonObject] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Options of the driver process",
+        "description": "It has none.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {},
+    }
+
+    async def probe(self, arch: str, options: JsonObject) -> Capabilities:
+        await trio.lowlevel.checkpoint()
+        usable = sys.platform != "win32"
+        where = Reason(usable, "UNIX sockets and signals", "" if usable else "needs a UNIX system")
+        return Capabilities(
+            usable=usable,
+            reasons=(where, Reason(True, _NO_ISOLATION)),
+            arch=arch,
+            transports=("unix",),
+            disk_formats=("directory",),
+            boots_image=False,
+            isolates=False,
+        )
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        if not request.agent:
+            raise DriverError("the driver process needs an agent to run", hint="use an image with an agent")
+        if request.transport != "unix":
+            raise DriverError(f"the driver process has no transport {request.transport!r}", hint="unix")
+        scratch = next((disk.path for disk in request.disks if disk.role == "root"), request.directory)
+        environment = {"HOME": scratch, "LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+        if any("\0" in text for text in (*request.agent, scratch)):
+            raise DriverError("a NUL character cannot stand in a command line", hint="rename the file")
+        return LaunchPlan(
+            driver=self.name,
+            argv=request.agent,
+            environment=environment,
+            notes=(_NO_ISOLATION,),
+            data={"directory": scratch, "limits": {"core": 0, "data": request.memory}},
+        )
+
+    @asynccontextmanager
+    async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[ProcessMachine]:
+        console, theirs = open_pipe()
+        try:
+            child = spawn(
+                plan.argv,
+                stdout=theirs,
+                stderr=theirs,
+                env=plan.environment,
+                cwd=plan.data["directory"],
+                limits=plan.data["limits"],
+                no_new_privileges=True,
+            )
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await console.aclose()
+            raise
+        finally:
+            os.close(theirs)
+        machine = ProcessMachine(child, console)
+        async with open_background() as background:
+            background.start_soon(machine.watch)
+            try:
+                yield machine
+            finally:
+                with trio.CancelScope(shield=True):
+                    try:
+                        await child.end((signal.SIGTERM, TERM_GRACE))
+                    finally:
+                        await console.aclose()
+
+    async def release(self, handle: JsonObject) -> None:
+        await terminate(handle)

@@ -1,0 +1,157 @@
+"""The command line of QEMU for one machine: pure, and nothing in it is secret.
+
+Facts: qemu(1) of 7.2, and QEMU's own parser. A comma inside a value is doubled; a descriptor that is named is
+one that the launcher passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, DriverError, JsonObject, LaunchRequest
+
+QMP_FD, CONSOLE_FD, VSOCK_FD = 3, 4, 5
+
+MIB = 1 << 20
+
+SUN_PATH = 107
+"""Longest path of a UNIX socket on Linux, in bytes, without its final NUL (unix(7))."""
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+# What a guest's CPU is: the host's own where it runs directly, and all that emulation has otherwise.
+_CPUS = {"kvm": "host", "hvf": "host", "tcg": "max"}
+
+_SERIALS = {"root": "root", "config": "KENAZMETA", "workbench": "KENAZWB"}
+
+_MACHINES = {"x86_64": ("microvm", "q35"), "aarch64": ("virt",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What `probe` found out about the QEMU of this host, and `build` depends on."""
+
+    binary: str
+    version: str = ""
+    machines: tuple[str, ...] = ()
+    accelerators: tuple[str, ...] = ()
+    sandbox: bool = False
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Facts:
+        """The facts as they went into JSON. Raises TypeError or LookupError when they are none."""
+        lists = {name: tuple(data[name]) for name in ("machines", "accelerators")}
+        return cls(**{**data, **lists})
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """The argv, the descriptors that it names, and what the user should know about it."""
+
+    argv: tuple[str, ...]
+    descriptors: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def escape(value: str) -> str:
+    """A value inside an option with keys."""
+    return value.replace(",", ",,")
+
+
+def choose_machine(request: LaunchRequest, facts: Facts) -> str:
+    """The machine type. microvm boots a kernel of ours fastest but has no firmware for a disk and no PCI."""
+    arch = request.capabilities.arch
+    possible = [name for name in _MACHINES.get(arch, ()) if name in facts.machines]
+    wanted = str(request.options.get("machine", "auto"))
+    if wanted != "auto":
+        if wanted not in possible:
+            raise DriverError(
+                f"{facts.binary} has no machine {wanted!r} for {arch}",
+                hint=f"driverOptions.qemu.machine: {' or '.join(possible) or 'none'}",
+            )
+        if wanted == "microvm" and not request.kernel:
+            raise DriverError("microvm boots no disk", hint="use an image with a kernel, or machine: q35")
+        return wanted
+    if not request.kernel and "microvm" in possible:
+        possible.remove("microvm")
+    if not possible:
+        raise DriverError(f"{facts.binary} has no machine for {arch} that this image could boot on")
+    return possible[0]
+
+
+def build(request: LaunchRequest, facts: Facts) -> CommandLine:
+    """The command line for that machine. Raises DriverError for what QEMU or this driver cannot do."""
+    _check(request)
+    machine = choose_machine(request, facts)
+    bus = "device" if machine == "microvm" else "pci"
+    accelerator = request.capabilities.accelerator
+    notes: list[str] = []
+    descriptors = {QMP_FD: "qmp", CONSOLE_FD: "console"}
+
+    argv = [facts.binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-name", f"guest=kenaz-{escape(request.session)}"]
+    argv += ["-machine", "microvm,acpi=on,rtc=on" if machine == "microvm" else machine]
+    argv += ["-accel", accelerator]
+    if accelerator in _CPUS:
+        argv += ["-cpu", _CPUS[accelerator]]
+    argv += ["-m", f"{-(-request.memory // MIB)}M", "-smp", str(request.cpus)]
+    if facts.sandbox:
+        argv += ["-sandbox", SANDBOX]
+    else:
+        notes.append("this QEMU has no seccomp sandbox: a guest that breaks out of it has all your rights")
+    if request.kernel:
+        argv += ["-kernel", request.kernel]
+        argv += ["-initrd", request.initrd] if request.initrd else []
+        argv += ["-append", request.cmdline] if request.cmdline else []
+
+    argv += ["-chardev", f"socket,id=qmp,fd={QMP_FD}", "-mon", "chardev=qmp,mode=control"]
+    argv += ["-chardev", f"socket,id=console,fd={CONSOLE_FD}", "-serial", "chardev:console"]
+    argv += ["-device", f"virtio-rng-{bus}"]
+    for disk in request.disks:
+        # With a kernel of ours, QEMU's loader has the first place already.
+        argv += _disk(disk, bus, boots=disk.role == "root" and not request.kernel)
+    if request.transport == "virtio-serial":
+        argv += ["-device", f"virtio-serial-{bus}"]
+        argv += ["-chardev", f"socket,id=channel,path={escape(request.channel)}"]
+        argv += ["-device", f"virtserialport,chardev=channel,name={VIRTIO_SERIAL_PORT}"]
+    else:
+        argv += ["-device", f"vhost-vsock-{bus},guest-cid={request.cid},vhostfd={VSOCK_FD}"]
+        descriptors[VSOCK_FD] = "vhost-vsock"
+    if request.network == "nat":
+        rom = "" if bus == "device" else ",romfile="
+        argv += ["-netdev", "user,id=nat", "-device", f"virtio-net-{bus},netdev=nat{rom}"]
+        notes.append("network nat: the guest reaches whatever this host reaches")
+    return CommandLine(tuple(argv), descriptors, tuple(notes))
+
+
+def _disk(disk: Disk, bus: str, *, boots: bool) -> list[str]:
+    serial = _SERIALS[disk.role]
+    drive = f"if=none,id={serial},format={disk.format},file={escape(disk.path)}"
+    # A throw-away disk needs to survive nothing, so the host may keep what the guest flushes.
+    drive += ",readonly=on" if disk.readonly else ",cache=unsafe,discard=unmap"
+    device = f"virtio-blk-{bus},drive={serial},serial={serial}"
+    device += ",bootindex=0" if boots else ""
+    return ["-drive", drive, "-device", device]
+
+
+def _check(request: LaunchRequest) -> None:
+    paths = [request.kernel, request.initrd, request.channel, *(disk.path for disk in request.disks)]
+    if any("\0" in text for text in (*paths, request.cmdline, request.session)):
+        raise DriverError("a NUL character cannot stand in a command line", hint="rename the file")
+    if request.display != "none":
+        raise DriverError(f"display {request.display!r}: this driver shows no screen", hint="display: none")
+    if request.network not in {"none", "nat"}:
+        raise DriverError(f"network {request.network!r} is unknown to this driver", hint="none or nat")
+    for disk in request.disks:
+        if disk.role not in _SERIALS or disk.format not in {"qcow2", "raw"}:
+            raise DriverError(f"QEMU is given no disk of role {disk.role!r} and format {disk.format!r}")
+    if request.transport == "virtio-serial":
+        length = len(request.channel.encode("utf-8", "surrogateescape"))
+        if not 0 < length <= SUN_PATH:
+            raise DriverError(
+                f"the channel's socket path has {length} bytes and must have 1 to {SUN_PATH}",
+                hint="set XDG_RUNTIME_DIR to a shorter directory",
+            )
+    elif request.transport != "vsock" or request.cid is None:
+        raise DriverError(f"transport {request.transport!r} is none of virtio-serial and vsock with a cid")

@@ -1,0 +1,269 @@
+"""The driver `qemu`: QEMU as a child process, steered over QMP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import ClassVar
+
+import trio
+
+from kenaz_drivers._common.background import open_background
+from kenaz_drivers._common.output import Console, LogTail
+from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn, terminate
+from kenaz_drivers.contract import Capabilities, DriverError, Exit, JsonObject, LaunchPlan, LaunchRequest
+from kenaz_drivers.qemu import probe
+from kenaz_drivers.qemu.argv import Facts, build
+from kenaz_drivers.qemu.qmp import Event, QmpClient, QmpError
+
+GREETING_DEADLINE = 20.0
+"""Seconds for QEMU to set the machine up and answer. It takes 0.05; a cold, busy disk has taken 5."""
+
+COMMAND_DEADLINE = 5.0
+QUIT_GRACE = 0.5
+TERM_GRACE = 0.5
+DRAIN_GRACE = 1.0
+"""Seconds for the last events and lines of a QEMU that has ended to be read."""
+
+# What QEMU says, and what its user can do.
+_HINTS = (
+    ("Could not access KVM", "driverOptions.qemu.accel: tcg, or join the group kvm"),
+    ('Failed to get "', "another machine uses this disk; end that one first"),
+    ("Cannot allocate memory", "give the machine less memory"),
+    ("cannot set up guest memory", "give the machine less memory"),
+    ("No space left on device", "free some space"),
+    ("Permission denied", "let your user read that file"),
+    ("cannot start ", "driverOptions.qemu.binary: the path of QEMU"),
+)
+
+_WORDS = {
+    "guest-shutdown": "the guest powered off",
+    "guest-reset": "the guest asked for a reboot",
+    "guest-panic": "the guest's kernel panicked",
+    "host-qmp-quit": "the launcher ended QEMU",
+    "host-signal": "a signal ended QEMU",
+}
+
+
+def hint_for(log: tuple[str, ...]) -> str:
+    """What the user can do about a QEMU that said this and ended; empty when we do not know."""
+    return next((hint for said, hint in _HINTS if any(said in line for line in log)), "")
+
+
+def describe_exit(code: int, shutdown: str, log: tuple[str, ...]) -> Exit:
+    """How a machine ended, from QEMU's exit code and the reason in its last SHUTDOWN event.
+
+    The code alone says nothing: a power-off, a reboot, a panic and a SIGTERM all give 0.
+    """
+    if code == 0 and shutdown:
+        return Exit(shutdown == "guest-shutdown", f"{shutdown}: {_WORDS.get(shutdown, 'QEMU ended')}", code)
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return Exit(False, f"{name} killed QEMU", code)
+    said = f": {log[-1]}" if log else ""
+    return Exit(False, f"QEMU ended with code {code}{said}", code)
+
+
+class QemuMachine:
+    """A running QEMU. Made by `QemuDriver.launch` only."""
+
+    def __init__(self, child: ChildProcess, qmp: trio.abc.Stream, console: trio.abc.ReceiveStream) -> None:
+        self._child = child
+        self._qmp = QmpClient(qmp, self._on_event)
+        self._console = console
+        self._log = LogTail()
+        self._log_ended = trio.Event()
+        self._shutdown = ""
+        self._exit: Exit | None = None
+        self._gone = trio.Event()
+
+    @property
+    def handle(self) -> JsonObject:
+        return self._child.handle
+
+    def _on_event(self, event: Event) -> None:
+        if event.name == "SHUTDOWN":
+            self._shutdown = str(event.data.get("reason", ""))
+
+    async def serve_monitor(self) -> None:
+        await self._qmp.run()
+
+    async def read_log(self, stream: trio.abc.ReceiveStream) -> None:
+        """Keeps what QEMU says on stderr flowing, and its last lines."""
+        try:
+            async for data in Console(stream):
+                self._log.feed(data)
+        finally:
+            self._log_ended.set()
+
+    async def watch(self) -> None:
+        """Waits for the end of QEMU and makes it known."""
+        code = await self._child.wait()
+        with trio.move_on_after(DRAIN_GRACE):
+            await self._qmp.ended.wait()
+            await self._log_ended.wait()
+        self._exit = describe_exit(code, self._shutdown, self._log.lines())
+        self._gone.set()
+
+    async def ready(self) -> None:
+        try:
+            with trio.fail_after(GREETING_DEADLINE):
+                status = await self._qmp.execute("query-status")
+        except QmpError as error:
+            # A monitor that ends is the first sign of a QEMU that does.
+            with trio.move_on_after(DRAIN_GRACE + TERM_GRACE):
+                ended = await self.wait()
+                raise self._failure(ended.reason) from error
+            raise self._failure(str(error)) from error
+        except trio.TooSlowError as error:
+            raise self._failure(f"QEMU does not answer within {GREETING_DEADLINE:g} s") from error
+        if status["status"] != "running":
+            raise self._failure(f"QEMU made a machine that does not run: {status['status']}")
+
+    def _failure(self, message: str) -> DriverError:
+        log = self._log.lines()
+        hint = hint_for(log) or "`kenaz-launcher plan` prints the command to try by hand"
+        return DriverError(message, hint=hint, log=log)
+
+    async def wait(self) -> Exit:
+        await self._gone.wait()
+        assert self._exit is not None
+        return self._exit
+
+    async def powerdown(self) -> None:
+        try:
+            with trio.fail_after(COMMAND_DEADLINE):
+                await self._qmp.execute("system_powerdown")
+        except QmpError as error:
+            raise self._failure(f"the power button does not work: {error}") from error
+        except trio.TooSlowError as error:
+            raise self._failure("the power button does not work: QEMU does not answer") from error
+
+    async def kill(self) -> None:
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(QUIT_GRACE):
+                try:
+                    await self._qmp.execute("quit")
+                except QmpError:
+                    pass
+                else:
+                    await self._gone.wait()
+            # A stopped process holds SIGTERM back until it goes on; SIGKILL takes it as it is.
+            await self._child.end((signal.SIGTERM, TERM_GRACE))
+            await self._gone.wait()
+
+    def console(self) -> AsyncIterator[bytes]:
+        return Console(self._console)
+
+
+class QemuDriver:
+    """Runs machines with QEMU on this host."""
+
+    name: ClassVar[str] = "qemu"
+    options_schema: ClassVar[JsonObject] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Options of the driver qemu",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "accel": {
+                "title": "Accelerator",
+                "description": "How the guest's processor is run. `auto` takes the fastest one that has "
+                "been seen to run a guest here and says so when that is `tcg`; any other name is that one or "
+                "an error.",
+                "enum": ["auto", "kvm", "tcg", "hvf", "whpx"],
+                "default": "auto",
+                "examples": ["tcg"],
+            },
+            "machine": {
+                "title": "Machine type",
+                "description": "`auto` takes microvm for x86_64 images with a kernel of their own, else q35; "
+                "virt for aarch64.",
+                "enum": ["auto", "microvm", "q35", "virt"],
+                "default": "auto",
+                "examples": ["q35"],
+            },
+            "binary": {
+                "title": "Path of QEMU",
+                "description": "Taken instead of `qemu-system-<arch>` from the search path.",
+                "type": "string",
+                "minLength": 1,
+                "default": "",
+                "examples": ["/opt/qemu/bin/qemu-system-x86_64"],
+            },
+        },
+    }
+
+    async def probe(self, arch: str, options: JsonObject) -> Capabilities:
+        return await probe.probe(arch, options)
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        capabilities = request.capabilities
+        if "facts" not in capabilities.data:
+            reasons = "; ".join(reason.text for reason in capabilities.reasons if not reason.ok)
+            raise DriverError(f"QEMU cannot be planned for: {reasons or 'this host was not probed'}")
+        command = build(request, Facts.from_json(capabilities.data["facts"]))
+        fallback = str(capabilities.data.get("fallback", ""))
+        return LaunchPlan(
+            driver=self.name,
+            argv=command.argv,
+            # Nothing of ours: a guest that breaks out of QEMU must not find our environment there.
+            environment={"LC_ALL": "C.UTF-8"},
+            descriptors=command.descriptors,
+            notes=((fallback,) if fallback else ()) + command.notes,
+        )
+
+    @asynccontextmanager
+    async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[QemuMachine]:
+        own = {"qmp": socket.socketpair(), "console": socket.socketpair()}
+        log, log_end = open_pipe()
+        try:
+            numbers = {purpose: theirs.fileno() for purpose, (_, theirs) in own.items()} | dict(descriptors)
+            missing = [purpose for purpose in plan.descriptors.values() if purpose not in numbers]
+            if missing:
+                raise DriverError(f"QEMU needs an open descriptor for {', '.join(missing)}")
+            child = spawn(
+                plan.argv,
+                descriptors={number: numbers[purpose] for number, purpose in plan.descriptors.items()},
+                stderr=log_end,
+                env=plan.environment,
+            )
+        except BaseException:
+            for ours, _ in own.values():
+                ours.close()
+            with trio.CancelScope(shield=True):
+                await log.aclose()
+            raise
+        finally:
+            os.close(log_end)
+            for _, theirs in own.values():
+                theirs.close()
+
+        qmp, console = (_stream(own[purpose][0]) for purpose in ("qmp", "console"))
+        machine = QemuMachine(child, qmp, console)
+        async with open_background() as background:
+            background.start_soon(machine.serve_monitor)
+            background.start_soon(lambda: machine.read_log(log))
+            background.start_soon(machine.watch)
+            try:
+                yield machine
+            finally:
+                with trio.CancelScope(shield=True):
+                    try:
+                        await machine.kill()
+                    finally:
+                        for stream in (qmp, console, log):
+                            await stream.aclose()
+
+    async def release(self, handle: JsonObject) -> None:
+        await terminate(handle)
+
+
+def _stream(ours: socket.socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
