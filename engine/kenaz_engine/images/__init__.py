@@ -1,0 +1,1 @@
+"""Images and the disks made from them: finding, fetching, overlays, and the config disk."""

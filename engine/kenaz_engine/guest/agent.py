@@ -1,0 +1,571 @@
+"""The guest agent: dials the host, proves who it is, and plays a small scripted workbench.
+
+Runs on the standard library alone, as one file, in two places: in the demo image under its init (`--machine`),
+and as an ordinary child process where no hypervisor exists: `python -I agent.py --env FILE [--root DIR]`.
+Under emulation each import costs the boot dearly; therefore only light modules at the top, and the rest late.
+
+What it is to do comes from the environment file (see docs/reference/image.md). Exit status: 0 after bye, or on
+SIGTERM; 10 power off; 11 reboot; anything else is a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
+    from typing import Any
+
+    Message = dict[str, Any]
+    Script = Generator[Message, Message, None]
+    """Yields a request without its id; is sent the message that ended it. Says bye by `raise Bye`."""
+
+VERSION = "0.1.0"
+PROTOCOL = 1
+CAPABILITIES = ["tools", "prompts"]
+MAX_FRAME = 16 << 20
+"""Bytes of the largest frame taken from the host."""
+
+VIRTIO_SERIAL_PORT = "dev.kenaz.channel"
+DEFAULT_PORT = 7881
+HOST_CID = 2
+FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.05, 1.0, 5.0
+"""Seconds between two attempts to dial."""
+
+POWER_OFF, REBOOT = 10, 11
+
+TERMINAL = {"tool.result", "tool.error", "prompt.result", "prompt.error"}
+
+
+class Closed(Exception):
+    """The connection is gone, or cannot be used any more."""
+
+
+class Bye(Exception):
+    """The guest is done. The text is the reason."""
+
+
+# The environment file -------------------------------------------------------------------------------------
+
+
+def parse_environment(text: str) -> dict[str, str]:
+    """Reads what systemd calls an EnvironmentFile: NAME=value lines, quotes, backslashes, comments.
+
+    As systemd does: in single quotes everything stands for itself; in double quotes a backslash protects
+    only the characters ", \\, $ and `, and joins lines; elsewhere it protects any character. What is no assignment is skipped.
+    """
+    variables: dict[str, str] = {}
+    at = 0
+    while at < len(text):
+        end = _end_of_line(text, at)
+        line = text[at:end]
+        name, equals, _ = line.partition("=")
+        if not equals or line.lstrip()[:1] in ("", "#", ";"):
+            at = end + 1
+            continue
+        value, at = _value(text, at + len(name) + 1)
+        if _is_name(name.strip()):
+            variables[name.strip()] = value
+    return variables
+
+
+def _end_of_line(text: str, at: int) -> int:
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end
+
+
+def _is_name(name: str) -> bool:
+    return name.isascii() and name.isidentifier()
+
+
+def _value(text: str, at: int) -> tuple[str, int]:
+    """The value that starts at `at`, and where the next line starts."""
+    parts: list[str] = []
+    kept = 0  # length up to which white space belongs to the value
+    quote = ""
+    while at < len(text):
+        char = text[at]
+        at += 1
+        if quote and char == quote:
+            quote = ""
+            kept = len(parts)
+        elif char == "\\" and quote != "'":
+            following = text[at : at + 1]
+            at += 1
+            if following == "\n":
+                continue
+            if quote and following not in ('"', "\\", "$", "`"):
+                parts.append("\\")
+            parts.append(following)
+            kept = len(parts)
+        elif quote:
+            parts.append(char)
+        elif char == "\n":
+            break
+        elif char in "\"'" and len(parts) == kept:
+            quote = char
+        elif char in " \t\r" and not parts:
+            continue
+        else:
+            parts.append(char)
+            if char not in " \t\r":
+                kept = len(parts)
+    return "".join(parts if quote else parts[:kept]), at
+
+
+class Settings:
+    """What the environment file says, in the agent's terms."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self.session = variables.get("KENAZ_SESSION_ID") or variables.get("SIGIL_WORKBENCH_ID", "")
+        self.token = variables.get("HARNESS_VM_TOKEN", "")
+        self.port = int(variables.get("HARNESS_VM_PORT") or DEFAULT_PORT)
+        self.build = variables.get("KENAZ_WORKBENCH_BUILD", "")
+        self.words: list[str] = json.loads(variables.get("KENAZ_WORKBENCH_ARGS") or "[]") or ["demo"]
+        channel = variables.get("KENAZ_CHANNEL", "")
+        self.channels = (
+            [channel] if channel else [f"vsock:{HOST_CID}:{self.port}", f"virtio-serial:{VIRTIO_SERIAL_PORT}"]
+        )
+        prefix = "KENAZ_ENVGRANT_"
+        self.environment = {
+            name.removeprefix(prefix): value for name, value in variables.items() if name.startswith(prefix)
+        }
+
+
+# The wire -------------------------------------------------------------------------------------------------
+
+
+def encode(message: Message) -> bytes:
+    """The message as a frame: four bytes of length, big-endian, then JSON."""
+    body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    return len(body).to_bytes(4, "big") + body
+
+
+class Wire:
+    """Messages over a file descriptor that it owns. Blocks."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = bytearray()
+
+    def send(self, message: Message) -> None:
+        """Writes the whole message. Raises Closed."""
+        data = memoryview(encode(message))
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            raise Closed(error.strerror) from error
+
+    def receive(self, seconds: float | None = None) -> Message | None:
+        """The next message; None when none came within `seconds`. Raises Closed."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            message = self._take()
+            if message is not None:
+                return message
+            if deadline is not None and not self._wait_readable(deadline - time.monotonic()):
+                return None
+            try:
+                data = os.read(self._fd, 65536)
+            except OSError as error:
+                raise Closed(error.strerror) from error
+            if not data:
+                raise Closed("end of stream")
+            self._buffer += data
+
+    def close(self) -> None:
+        """Closes the descriptor."""
+        os.close(self._fd)
+
+    def _take(self) -> Message | None:
+        if len(self._buffer) < 4:
+            return None
+        length = int.from_bytes(self._buffer[:4], "big")
+        if length > MAX_FRAME:
+            raise Closed(f"frame of {length} bytes")
+        if len(self._buffer) < 4 + length:
+            return None
+        body = bytes(self._buffer[4 : 4 + length])
+        del self._buffer[: 4 + length]
+        try:
+            message = json.loads(body)
+        except ValueError as error:
+            raise Closed("frame is not JSON") from error
+        if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+            raise Closed("frame is no message")
+        return message
+
+    def _wait_readable(self, seconds: float) -> bool:
+        import select
+
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def open_channel(channel: str) -> int:
+    """A descriptor connected to the host. Raises OSError when it cannot be reached now, ValueError for nonsense."""
+    kind, _, rest = channel.partition(":")
+    if kind == "virtio-serial":
+        return _open_port(rest)
+    import socket
+
+    address: Any
+    if kind == "unix":
+        family, address = socket.AF_UNIX, rest
+    elif kind == "vsock":
+        cid, _, port = rest.partition(":")
+        family, address = socket.AF_VSOCK, (int(cid), int(port))
+    else:
+        raise ValueError(f"unknown kind of channel: {kind}")
+    with socket.socket(family, socket.SOCK_STREAM) as connection:
+        connection.connect(address)
+        return connection.detach()
+
+
+def _open_port(name: str) -> int:
+    """Opens the virtio-serial port of that name. There is no udev, so the name is looked up in sysfs."""
+    ports = "/sys/class/virtio-ports"
+    for port in sorted(os.listdir(ports)):
+        with open(f"{ports}/{port}/name") as file:
+            if file.read().strip() != name:
+                continue
+        fd = os.open(f"/dev/{port}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        # The host says nothing before hello: what lies there was for an agent before this one.
+        try:
+            while os.read(fd, 65536):
+                pass
+        except BlockingIOError:
+            pass
+        os.set_blocking(fd, True)
+        return fd
+    raise FileNotFoundError(2, f"no virtio-serial port {name}")
+
+
+# The workbench: what the guest can be told to do ------------------------------------------------------------
+
+
+def _demo(agent: Agent, argument: str) -> Script:
+    """Greets, uses a tool that is allowed and one that is not, and says what came of it."""
+    kernel = f"{os.uname().sysname} {os.uname().release}"
+    yield prompt(f"hello from SigilOS demo, kernel {kernel}, boot {boottime():.1f} s")
+    outcomes = []
+    for tool in ("fs.read", "fs.delete"):
+        outcome = yield {"kind": "tool.invoke", "tool": tool, "arguments": {"path": "/etc/os-release"}}
+        said = "answered" if outcome["kind"] == "tool.result" else f"refused ({outcome.get('code')})"
+        outcomes.append(f"{tool} {said}")
+    yield prompt("; ".join(outcomes))
+
+
+def _write(agent: Agent, path: str) -> Script:
+    """Writes a file on the root disk."""
+    with open(agent.path(path), "w") as file:
+        file.write("written by the guest\n")
+        file.flush()
+        os.fsync(file.fileno())
+    yield prompt(f"wrote {path}")
+
+
+def _read(agent: Agent, path: str) -> Script:
+    """Says whether a file exists on the root disk."""
+    yield prompt(f"{path} {'exists' if os.path.exists(agent.path(path)) else 'does not exist'}")
+
+
+def _environment(agent: Agent, name: str) -> Script:
+    """Says whether a variable was granted to the workbench; never its value."""
+    yield prompt(f"{name} is {'set' if name in agent.settings.environment else 'not set'}")
+
+
+def _disk(agent: Agent, argument: str) -> Script:
+    """Says how large the root file system is."""
+    fs = os.statvfs(agent.path("/"))
+    yield prompt(f"root file system has {fs.f_blocks * fs.f_frsize} bytes")
+
+
+def _idle(agent: Agent, argument: str) -> Script:
+    yield from ()
+
+
+def _bye(agent: Agent, argument: str) -> Script:
+    yield from ()
+    raise Bye("done")
+
+
+def _exit(agent: Agent, status: str) -> Script:
+    yield from ()
+    sys.exit(int(status))
+
+
+def _panic(agent: Agent, argument: str) -> Script:
+    """Crashes the guest's kernel. Never that of the host that this may run on as a process."""
+    yield from ()
+    if agent.owns_machine:
+        with open("/proc/sysrq-trigger", "w") as trigger:
+            trigger.write("c")
+    say("Kernel panic - not syncing: asked for (this guest is a process)")
+    os.abort()
+
+
+def _emergency(agent: Agent, argument: str) -> Script:
+    yield from ()
+    say("kenaz: emergency: asked for")
+
+
+def _flood(agent: Agent, argument: str) -> Script:
+    """Floods the console from a child, while the agent itself stays well-behaved."""
+    yield from ()
+    parent = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == parent:
+            os.write(2, b"flood " * 20 + b"\n")
+        os._exit(0)
+
+
+def _hang(agent: Agent, argument: str) -> Script:
+    """Turns the guest deaf to drain, SIGTERM and the power button."""
+    yield from ()
+    agent.deaf = True
+    _on_sigterm(ignore=True)
+    if agent.owns_machine:
+        with open("/run/kenaz/ignore-button", "w"):
+            pass
+
+
+def _mute(agent: Agent, argument: str) -> Script:
+    yield from ()
+    while True:
+        time.sleep(3600)
+
+
+def _power_off(agent: Agent, argument: str) -> Script:
+    yield from ()
+    sys.exit(POWER_OFF)
+
+
+def _reboot(agent: Agent, argument: str) -> Script:
+    yield from ()
+    sys.exit(REBOOT)
+
+
+BEHAVIOURS: dict[str, Callable[[Agent, str], Script]] = {
+    "bye": _bye,
+    "demo": _demo,
+    "disk": _disk,
+    "emergency": _emergency,
+    "env": _environment,
+    "exit": _exit,
+    "flood": _flood,
+    "hang": _hang,
+    "idle": _idle,
+    "mute": _mute,
+    "panic": _panic,
+    "poweroff": _power_off,
+    "read": _read,
+    "reboot": _reboot,
+    "write": _write,
+}
+"""By word of KENAZ_WORKBENCH_ARGS; `word:argument` hands an argument over. They run in order after welcome.
+`early:word` runs before the agent dials, and `mute` always does."""
+
+
+def prompt(text: str) -> Message:
+    """A request that hands `text` to the harness."""
+    return {"kind": "prompt", "text": text}
+
+
+def say(text: str) -> None:
+    """One line for the console, in one write, so that lines of others do not mix with it."""
+    os.write(2, f"{text}\n".encode())
+
+
+def boottime() -> float:
+    """Seconds since the kernel started, sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# The agent ------------------------------------------------------------------------------------------------
+
+
+class Agent:
+    """Plays the script over one connection after the other.
+
+    `owns_machine` says that the machine is the agent's own, to grow and to crash; `clock` holds the moments
+    of the boot in seconds of CLOCK_BOOTTIME, for the hello message.
+    """
+
+    def __init__(
+        self, settings: Settings, *, root: str = "/", owns_machine: bool = False, clock: Mapping[str, float] | None = None
+    ) -> None:
+        self.settings = settings
+        self.owns_machine = owns_machine
+        self.deaf = False
+        self._root = root
+        self._clock = clock or {}
+        early = [word for word in settings.words if word.startswith("early:") or word == "mute"]
+        self._early = self._play([word.removeprefix("early:") for word in early])
+        self._script = self._play([word for word in settings.words if word not in early])
+        self._started = False
+        self._requests = 0
+        self._pending: Message | None = None
+        self._draining = False
+
+    def path(self, path: str) -> str:
+        """`path` of the guest as this process sees it."""
+        return os.path.join(self._root, path.lstrip("/"))
+
+    def run(self) -> None:
+        """Dials for ever; returns when bye has been said."""
+        for _ in self._early:
+            raise ValueError("an early: word needs no channel")
+        backoff = FIRST_BACKOFF
+        while True:
+            fd = self._dial()
+            if fd is not None:
+                wire = Wire(fd)
+                try:
+                    backoff = self.converse(wire)
+                except Closed as error:
+                    say(f"kenaz-guest: connection closed: {error}")
+                    backoff = FIRST_BACKOFF
+                except Bye as error:
+                    wire.send({"kind": "bye", "reason": str(error)})
+                    return
+                finally:
+                    wire.close()
+            time.sleep(backoff)
+            backoff = min(2 * backoff, max(LAST_BACKOFF, backoff))
+
+    def converse(self, wire: Wire) -> float:
+        """One connection, from hello on. Returns seconds to wait after a refusal; raises Closed or Bye."""
+        wire.send(self._hello())
+        if self.owns_machine:
+            grow_root()
+        while True:
+            message = wire.receive()
+            assert message is not None
+            match message["kind"]:
+                case "welcome":
+                    break
+                case "refused":
+                    say(f"kenaz-guest: refused: {message.get('code')}: {message.get('message')}")
+                    return REFUSED_BACKOFF
+                case "ping":
+                    wire.send({"kind": "pong", "nonce": message.get("nonce")})
+        if not self._started:
+            self._started = True
+            self._advance(wire, None)
+        elif self._pending is not None:
+            self._advance(wire, {"kind": "lost", "code": "connection_lost"})
+        deadline: float | None = None
+        while True:
+            if self._draining and self._pending is None:
+                raise Bye("drained")
+            left = None if deadline is None else deadline - time.monotonic()
+            message = wire.receive(left)
+            if message is None:
+                raise Bye("drained")
+            kind = message["kind"]
+            if kind == "ping":
+                wire.send({"kind": "pong", "nonce": message.get("nonce")})
+            elif kind == "drain" and not self.deaf:
+                self._draining = True
+                # Half of the time for what is under way, the other half for the way out.
+                deadline = time.monotonic() + float(message.get("deadline", 0)) / 2
+                if self._pending is not None and self._pending["kind"] == "tool.invoke":
+                    wire.send({"kind": "tool.cancel", "id": self._pending["id"]})
+            elif kind in TERMINAL and self._pending is not None and message.get("id") == self._pending["id"]:
+                self._advance(wire, message)
+            elif kind == "error":
+                raise Closed(f"{message.get('code')}: {message.get('message')}")
+
+    def _hello(self) -> Message:
+        hello: Message = {
+            "kind": "hello",
+            "protocol": PROTOCOL,
+            "session": self.settings.session,
+            "token": self.settings.token,
+            "agent": f"kenaz-guest/{VERSION}",
+            "build": self.settings.build,
+            "capabilities": CAPABILITIES,
+        }
+        if self._clock:
+            hello["clock"] = {**self._clock, "hello": round(boottime(), 3)}
+        return hello
+
+    def _dial(self) -> int | None:
+        for channel in self.settings.channels:
+            try:
+                return open_channel(channel)
+            except OSError:
+                continue
+        return None
+
+    def _play(self, words: list[str]) -> Script:
+        for word in words:
+            name, _, argument = word.partition(":")
+            if name not in BEHAVIOURS:
+                say(f"kenaz-guest: unknown word {name}; known are {', '.join(BEHAVIOURS)}")
+                continue
+            yield from BEHAVIOURS[name](self, argument)
+
+    def _advance(self, wire: Wire, outcome: Message | None) -> None:
+        """Hands the outcome of the last request to the script, and sends the next request."""
+        self._pending = None
+        if self._draining:
+            return
+        try:
+            request = next(self._script) if outcome is None else self._script.send(outcome)
+        except StopIteration:
+            return
+        self._requests += 1
+        letter = request["kind"][0]
+        self._pending = {**request, "id": f"{letter}{self._requests}"}
+        wire.send(self._pending)
+
+
+def grow_root() -> None:
+    """Grows the root file system to the size of its disk; one that is as large already stays so."""
+    import fcntl
+
+    resize = 0x40086610  # EXT4_IOC_RESIZE_FS: _IOW('f', 16, __u64), in blocks
+    device = os.stat("/").st_dev
+    fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/size") as file:
+            size = int(file.read()) * 512
+        fcntl.ioctl(fd, resize, (size // os.statvfs(fd).f_bsize).to_bytes(8, sys.byteorder))
+    except OSError as error:
+        say(f"kenaz-guest: the root file system does not grow: {error.strerror}")
+    finally:
+        os.close(fd)
+
+
+def _on_sigterm(*, ignore: bool) -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignore else lambda *_: sys.exit(0))
+
+
+def main(argv: list[str]) -> int:
+    """The command line: `--env FILE [--root DIR] [--machine]`; read by hand, argparse being slow to import."""
+    started = boottime()
+    options = dict(zip(argv[::2], argv[1::2], strict=False))
+    owns_machine = "--machine" in argv
+    with open(options["--env"], encoding="utf-8") as file:
+        settings = Settings(parse_environment(file.read()))
+    clock = {}
+    if owns_machine:
+        clock = {"init": float(os.environ.get("KENAZ_CLOCK_INIT", 0)), "agent": round(started, 3)}
+    else:
+        _on_sigterm(ignore=False)
+    Agent(settings, root=options.get("--root", "/"), owns_machine=owns_machine, clock=clock).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

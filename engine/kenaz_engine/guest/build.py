@@ -1,0 +1,445 @@
+"""Builds the demo image from Debian packages, without root: `python -m kenaz_engine.guest.build --help`.
+
+The result is a directory of four files: `kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see
+docs/reference/image.md). It appears whole or not at all, and is built again only when its inputs have changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kenaz_engine import __version__
+from kenaz_engine.guest import cpio
+from kenaz_engine.guest.recipe import (
+    AGENT,
+    ARCHITECTURES,
+    CONSOLE_PATTERNS,
+    FILES,
+    GUEST_PACKAGES,
+    HOST_PACKAGES,
+    LATE_MODULES,
+    MODULES,
+    OS_RELEASE,
+    RECIPE_VERSION,
+    STDLIB,
+    Architecture,
+)
+
+MANIFEST_SCHEMA = 1
+ROOT_SLACK = 32 << 20
+"""Free bytes of the root file system before it grows to the size of the session's disk."""
+
+Report = Callable[[str], None]
+
+
+class BuildError(Exception):
+    """The image cannot be built. `hint` is what the user can do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def build(arch: str, output: Path, *, force: bool = False, report: Report = print) -> Path:
+    """Makes the demo image for `arch` in the directory `output`, unless it is there and current.
+
+    Returns the path of the manifest. Two builds of one image wait for each other. Raises BuildError when the
+    host lacks tools or packages, or when a tool fails; `output` is then as it was.
+    """
+    target = ARCHITECTURES[arch]
+    manifest = output / "image.json"
+    _require_tools()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(output.with_name(f".{output.name}.lock"), report):
+        packages = _resolve(target)
+        inputs = _digest_of_inputs(packages)
+        if not force and _is_current(manifest, inputs):
+            report(f"demo image for {arch} is current: {output}")
+            return manifest
+        report(f"building the demo image for {arch}")
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+            result = _make(target, packages, inputs, Path(scratch), report)
+            _replace(result, output)
+    report(f"demo image for {arch} is ready: {output}")
+    return manifest
+
+
+def _require_tools() -> None:
+    tools = ("apt-get", "apt-cache", "dpkg", "mke2fs", "debugfs", "depmod", "lz4", "python3.11")
+    missing = [tool for tool in tools if _which(tool) is None]
+    if missing:
+        raise BuildError(
+            f"the demo image needs tools that this host lacks: {', '.join(missing)}",
+            f"apt-get install {' '.join(HOST_PACKAGES)}",
+        )
+
+
+def _which(tool: str) -> str | None:
+    """Where `tool` is; the sbin directories are not on every user's PATH, but need no privilege here."""
+    return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _run(tool: str, *arguments: str | Path, cwd: Path | None = None, stdin: bytes = b"") -> str:
+    """What the tool prints. Raises BuildError with the tool's last words when it fails."""
+    # The C locale, because some of the output is parsed.
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    command = [_which(tool) or tool, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=environment, check=False)
+    if done.returncode:
+        last = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-3:]
+        raise BuildError(f"{tool} {arguments[0]} failed with status {done.returncode}: {' / '.join(last)}")
+    return done.stdout.decode(errors="replace")
+
+
+@contextmanager
+def _locked(path: Path, report: Report) -> Iterator[None]:
+    """Holds the kernel's lock on `path`, which stays: unlinking a lock file lets two in."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another build of the same image")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Inputs ---------------------------------------------------------------------------------------------------
+
+
+def _resolve(target: Architecture) -> dict[str, str]:
+    """Version by package name, as the host's package lists have them; the kernel's is the versioned package."""
+    native = _run("dpkg", "--print-architecture").strip()
+    if target.debian not in (native, *_run("dpkg", "--print-foreign-architectures").split()):
+        raise BuildError(
+            f"this host's package lists have no packages for {target.debian}",
+            f"dpkg --add-architecture {target.debian} && apt-get update",
+        )
+    depends = _run("apt-cache", "depends", "--important", f"{target.kernel}:{target.debian}")
+    kernel = next(
+        (name.partition(":")[0] for name in depends.split() if name.startswith("linux-image-6")), target.kernel
+    )
+    names = [f"{name}:{target.debian}" for name in (kernel, *GUEST_PACKAGES)]
+    versions: dict[str, str] = {}
+    name = ""
+    for line in _run("apt-cache", "policy", *names).splitlines():
+        if not line.startswith(" "):
+            name = line.partition(":")[0]
+        elif line.startswith("  Candidate: ") and "(none)" not in line:
+            versions[name] = line.split()[1]
+    missing = [name for name in (kernel, *GUEST_PACKAGES) if name not in versions]
+    if missing:
+        raise BuildError(f"the package lists do not have {', '.join(missing)}", "apt-get update")
+    return versions
+
+
+def _digest_of_inputs(packages: Mapping[str, str]) -> str:
+    """What the image depends on, so that a changed agent or a newer package makes a new image."""
+    digest = hashlib.sha256(json.dumps([RECIPE_VERSION, __version__, sorted(packages.items())]).encode())
+    sources = [AGENT, *sorted(FILES.iterdir()), Path(__file__), Path(__file__).with_name("recipe.py")]
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_current(manifest: Path, inputs: str) -> bool:
+    try:
+        data = json.loads(manifest.read_bytes())
+        parts = data["parts"].values()
+        return data["inputs"] == inputs and all(
+            (manifest.parent / part["file"]).stat().st_size == part["size"] for part in parts
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+# The build ------------------------------------------------------------------------------------------------
+
+
+def _make(
+    target: Architecture, packages: Mapping[str, str], inputs: str, scratch: Path, report: Report
+) -> Path:
+    """Builds in `scratch` and returns the directory that is to become the image."""
+    epoch = int(os.environ.get("SOURCE_DATE_EPOCH", "1700000000"))
+    tree, full, root = scratch / "tree", scratch / "stdlib", scratch / "root"
+    debs, result = scratch / "debs", scratch / "image"
+    for path in (tree, full, root, debs, result):
+        path.mkdir()
+    started = time.monotonic()
+
+    def step(text: str) -> None:
+        report(f"  {time.monotonic() - started:5.1f} s  {text}")
+
+    step(f"fetching {len(packages)} packages")
+    _download(target, packages, debs)
+    step("unpacking")
+    for deb in sorted(debs.glob("*.deb")):
+        # The whole standard library is some 30 MB that the guest does not need: it is picked from.
+        _run("dpkg", "-x", deb, full if deb.name.startswith("libpython3.11-stdlib_") else tree)
+    release = _release(tree)
+    _run("depmod", "-b", tree, release)
+    modules = Modules(tree / "lib/modules" / release)
+    step(f"kernel {release}")
+    (result / "kernel").write_bytes(_kernel(target, tree / f"boot/vmlinuz-{release}", step))
+    step("initrd")
+    (result / "initrd").write_bytes(_initrd(tree, modules))
+    step("root file system")
+    _fill_root(tree, root, modules)
+    python = Path("usr/lib/python3.11")
+    _copy_stdlib(tree / python, full / python, root / python)
+    _make_ext4(root, result / "root.ext4", epoch)
+    manifest = _manifest(target, packages, inputs, release, result)
+    (result / "image.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return result
+
+
+def _download(target: Architecture, packages: Mapping[str, str], into: Path) -> None:
+    """Downloads each package; apt checks it against the signed package lists."""
+    names = [f"{name}:{target.debian}={version}" for name, version in packages.items()]
+    # apt would drop to a user of its own that cannot write here.
+    sandbox = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
+    try:
+        _run("apt-get", "download", *sandbox, *names, cwd=into)
+    except BuildError as error:
+        raise BuildError(f"packages could not be fetched: {error}", "apt-get update") from error
+
+
+def _release(tree: Path) -> str:
+    found = sorted(path.name for path in (tree / "lib/modules").iterdir())
+    if len(found) != 1:
+        raise BuildError(f"the kernel package holds modules for {len(found)} kernels, not one")
+    return found[0]
+
+
+class Modules:
+    """The kernel's modules and what each needs loaded before it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._needs: dict[str, tuple[str, list[str]]] = {}
+        for line in (directory / "modules.dep").read_text().splitlines():
+            path, _, needs = line.partition(":")
+            self._needs[_stem(path)] = (path, needs.split())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._needs
+
+    def in_load_order(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Content by module name, for `names` and what they need, each after its needs."""
+        ordered: dict[str, bytes] = {}
+        for name in names:
+            if name not in self:
+                raise BuildError(f"the kernel has no module {name}")
+            path, needs = self._needs[name]
+            # modules.dep lists needs outermost first: the last one has to be loaded first.
+            for module in (*reversed(needs), path):
+                ordered.setdefault(_stem(module), (self._directory / module).read_bytes())
+        return ordered
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".ko")
+
+
+def _kernel(target: Architecture, packed: Path, step: Report) -> bytes:
+    """The kernel to boot: unpacked where the boot protocol allows, which saves the guest the unpacking."""
+    image = packed.read_bytes()
+    if target.name != "x86_64":
+        return image
+    # Linux/x86 boot protocol: setup sectors at 0x1f1, payload's offset behind them and its length at 0x248.
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (image[0x1F1] + 1) * 512 + offset
+    payload = image[start : start + length]
+    if not payload.startswith(b"\x02\x21\x4c\x18"):
+        step("the kernel is not packed with lz4; using it packed, which boots slower")
+        return image
+    # Four bytes after the archive hold the unpacked size; lz4 takes them for the size of one more block.
+    with tempfile.TemporaryDirectory() as scratch:
+        source, unpacked = Path(scratch, "payload.lz4"), Path(scratch, "vmlinux")
+        source.write_bytes(payload[:-4])
+        _run("lz4", "-dqf", source, unpacked)
+        return unpacked.read_bytes()
+
+
+def _initrd(tree: Path, modules: Modules) -> bytes:
+    """A cpio archive, not packed: it is small, and the guest has better things to do than to unpack."""
+    entries = [cpio.directory(name) for name in ("bin", "dev", "meta", "modules", "proc", "root", "sys")]
+    entries.append(cpio.character_device("dev/console", 5, 1))
+    entries.append(cpio.file("bin/busybox", (tree / "bin/busybox").read_bytes(), 0o755))
+    entries.append(cpio.file("init", (FILES / "initrd-init.sh").read_bytes(), 0o755))
+    bus = modules.in_load_order(MODULES["bus"])
+    contents: dict[str, bytes] = {}
+    for group, names in MODULES.items():
+        needed = modules.in_load_order(names)
+        order = [name for name in needed if group == "bus" or name not in bus]
+        entries.append(cpio.file(f"modules/{group}.order", "".join(f"{name}\n" for name in order).encode()))
+        contents |= needed
+    entries += [cpio.file(f"modules/{name}.ko", content) for name, content in sorted(contents.items())]
+    return cpio.archive(entries)
+
+
+def _fill_root(tree: Path, root: Path, modules: Modules) -> None:
+    """Copies what the guest needs from the unpacked packages into `root`."""
+    for name in ("bin", "dev", "etc", "lib", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "usr/bin", "var"):
+        (root / name).mkdir(parents=True)
+    _copy(tree / "bin/busybox", root / "bin/busybox")
+    _copy(tree / "usr/bin/python3.11", root / "usr/bin/python3.11")
+    (root / "bin/sh").symlink_to("busybox")
+    _copy_libraries(tree, root)
+    late = modules.in_load_order([name for name in LATE_MODULES if name in modules])
+    kenaz = root / "lib/kenaz"
+    kenaz.mkdir(parents=True)
+    (kenaz / "order").write_text("".join(f"{name}\n" for name in late))
+    for name, content in late.items():
+        (kenaz / f"{name}.ko").write_bytes(content)
+    (root / "etc/os-release").write_text(OS_RELEASE.format(version=__version__))
+    (root / "etc/hostname").write_text("sigilos-demo\n")
+    (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    _copy(FILES / "init.sh", root / "sbin/init", 0o755)
+    (root / "usr/lib/kenaz").mkdir(parents=True)
+    _copy(AGENT, root / "usr/lib/kenaz/agent.py")
+
+
+def _copy(source: Path, destination: Path, mode: int | None = None) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, destination)
+    if mode is not None:
+        destination.chmod(mode)
+
+
+def _copy_libraries(tree: Path, root: Path) -> None:
+    """The C library's parts that Python needs, with the dynamic loader where programs look for it."""
+    wanted = ("libc.so.6", "libm.so.6", "libz.so.1", "libexpat.so.1", "ld-linux-*.so.*")
+    for base in ("lib", "usr/lib"):
+        for pattern in wanted:
+            for source in sorted((tree / base).glob(f"*-linux-gnu/{pattern}")):
+                directory = root / "lib" / source.parent.name
+                directory.mkdir(exist_ok=True)
+                _copy(source.resolve(), directory / source.name)
+    for loader in sorted(tree.glob("lib*/ld-linux-*.so.*")):
+        link = root / loader.relative_to(tree)
+        link.parent.mkdir(exist_ok=True)
+        # Debian's link is absolute on some architectures and relative on others; ours must survive moving.
+        real = next((root / "lib").glob(f"*-linux-gnu/{loader.name}"))
+        link.symlink_to(os.path.relpath(real, link.parent))
+
+
+def _copy_stdlib(minimal: Path, full: Path, destination: Path) -> None:
+    """The minimal standard library and what STDLIB adds, compiled, so that the guest never compiles."""
+    chosen = [(minimal, path) for path in minimal.rglob("*.py") if not path.is_symlink()]
+    chosen += [(full, path) for pattern in STDLIB for path in full.glob(pattern)]
+    for source, path in chosen:
+        _copy(path, destination / path.relative_to(source))
+    arguments = ("-q", "--invalidation-mode", "unchecked-hash", "-s", destination, "-p", "/usr/lib/python3.11")
+    _run("python3.11", "-I", "-m", "compileall", *arguments, destination)
+
+
+def _make_ext4(root: Path, image: Path, epoch: int) -> None:
+    """Packs `root` into an ext4 image without a journal, owned by root, with the same bytes each time."""
+    used = sum(path.lstat().st_size + 4096 for path in root.rglob("*"))
+    blocks = (used + ROOT_SLACK) // 4096
+    features = "^has_journal,^metadata_csum,uninit_bg"
+    extended = f"root_owner=0:0,lazy_itable_init=1,hash_seed={_uuid('hash seed')}"
+    options = ("-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", features, "-E", extended)
+    _run("mke2fs", *options, "-L", "KENAZROOT", "-U", _uuid("root"), "-d", root, image, str(blocks))
+    # mke2fs takes owner and times from the files, and of these only the modification time can be set.
+    commands = ["set_super_value mkfs_time @{0}", "set_super_value wtime @{0}", "set_super_value lastcheck @{0}"]
+    for path in ("", *sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))):
+        commands += [f"set_inode_field /{path} {name} 0" for name in ("uid", "gid")]
+        commands += [f"set_inode_field /{path} {name} @{epoch}" for name in ("atime", "ctime", "mtime", "crtime")]
+    script = "".join(f"{command.format(epoch)}\n" for command in commands)
+    _run("debugfs", "-w", "-f", "-", image, stdin=script.encode())
+
+
+def _uuid(purpose: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"https://kenaz.dev/demo-image/{purpose}"))
+
+
+def _manifest(
+    target: Architecture, packages: Mapping[str, str], inputs: str, release: str, directory: Path
+) -> dict[str, Any]:
+    """What `kenaz_engine.images` reads of an image, and what the builder needs to know it again."""
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "name": "demo",
+        "tag": __version__,
+        "arch": target.name,
+        "kernel": release,
+        "cmdline": " ".join(target.cmdline),
+        "console": {
+            "device": target.console,
+            "patterns": [{"event": event, "pattern": pattern} for event, pattern in CONSOLE_PATTERNS],
+        },
+        "parts": {
+            "kernel": _part(directory / "kernel"),
+            "initrd": _part(directory / "initrd"),
+            "root": {**_part(directory / "root.ext4"), "format": "raw"},
+        },
+        "inputs": inputs,
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def _part(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "size": path.stat().st_size, "sha256": digest}
+
+
+def _replace(result: Path, output: Path) -> None:
+    """Puts the finished directory in its place. A session that runs on the old files keeps them open."""
+    result.chmod(0o755)
+    old = result.with_name("old")
+    if output.exists():
+        output.rename(old)
+    result.rename(output)
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit status: 0 done, 2 usage, 3 the host cannot build it."""
+    # Imported here, because catalog knows where images live and the rest of this module does not care.
+    from kenaz_engine.images.catalog import default_cache
+
+    parser = argparse.ArgumentParser(prog="python -m kenaz_engine.guest.build", description="Build the demo image.")
+    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default=_host_arch())
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to put it (default: the cache)")
+    parser.add_argument("--force", action="store_true", help="build even if the image is current")
+    parser.add_argument("--host-packages", action="store_true", help="print the packages this needs, and end")
+    options = parser.parse_args(argv)
+    if options.host_packages:
+        print(" ".join(HOST_PACKAGES))
+        return 0
+    output = options.output or default_cache() / "images" / "demo" / options.arch
+    try:
+        build(options.arch, output.absolute(), force=options.force, report=lambda text: print(text, flush=True))
+    except (BuildError, OSError) as error:
+        hint = getattr(error, "hint", "")
+        print(f"error: {error}" + (f"; try: {hint}" if hint else ""), file=sys.stderr)
+        return 3
+    return 0
+
+
+def _host_arch() -> str:
+    machine = os.uname().machine
+    return {"arm64": "aarch64"}.get(machine, machine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+#!/bin/busybox sh
+# Process 1 of the demo image: starts the agent, keeps it running, and ends the machine.
+#
+# The agent's exit status: 0 or 10 power off, 11 reboot, anything else is a crash and it is started again.
+PATH=/bin:/usr/bin
+export PATH LANG=C.UTF-8
+busybox mount -t proc proc /proc
+read -r KENAZ_CLOCK_INIT _ </proc/uptime
+export KENAZ_CLOCK_INIT
+busybox mount -t tmpfs -o mode=0755,nosuid,nodev run /run
+busybox mkdir -p -m 0700 /run/kenaz/meta
+busybox mount -o move /mnt /run/kenaz/meta 2>/dev/null
+
+supervise() {
+    tenths=1
+    while :; do
+        python3.11 -I -S -E /usr/lib/kenaz/agent.py --env /run/kenaz/meta/kenaz.env --machine
+        status=$?
+        case $status in
+            0 | 10) kill -USR1 1 && return ;;
+            11) kill -USR2 1 && return ;;
+        esac
+        echo "kenaz: agent ended with status $status; starting it again"
+        busybox usleep "${tenths}00000"
+        tenths=$((tenths < 32 ? tenths * 2 : 50))
+    done
+}
+
+# Waits for the power button. Nothing but a key press ever comes from that device.
+button() {
+    for event in /sys/class/input/event*; do
+        [ -e "$event" ] || return
+        read -r name <"$event/device/name"
+        case $name in
+            'Power Button' | gpio-keys)
+                busybox dd "if=/dev/input/${event##*/}" of=/dev/null bs=24 count=1 2>/dev/null
+                [ -e /run/kenaz/ignore-button ] || kill -USR1 1
+                return
+                ;;
+        esac
+    done
+}
+
+finish() {
+    trap '' USR1 USR2
+    busybox sync
+    busybox "$1" -f
+}
+
+trap 'finish poweroff' USR1
+trap 'finish reboot' USR2
+supervise </dev/null &
+
+# What the agent can do without comes after its start.
+busybox mount -t tmpfs -o mode=1777,nosuid,nodev tmp /tmp
+while read -r module; do
+    busybox insmod "/lib/kenaz/$module.ko" || echo "kenaz: module $module does not load"
+done </lib/kenaz/order
+button &
+
+# The shell reaps what is orphaned whenever it waits; a signal ends the wait and runs its trap.
+while :; do
+    wait
+    busybox sleep 1
+done
