@@ -53,8 +53,11 @@ def lifecycle_faults(lifecycle: Lifecycle) -> list[Fault]:
     return [finding.fault(lifecycle.file) for finding in analyse(lifecycle, VOCABULARY)]
 
 
-def check_lifecycle(resolved: ResolvedSession) -> Lifecycle:
-    """The spec's lifecycle, analysed, with the spec's own deadlines. Raises InvalidFile."""
+def examine(resolved: ResolvedSession) -> tuple[Lifecycle, list[Fault]]:
+    """The spec's lifecycle with the spec's own deadlines, and all that is wrong with it, warnings too.
+
+    Raises InvalidFile where there is no lifecycle to look at.
+    """
     lifecycle = find_lifecycle(resolved)
     waiting = [state.name for state in lifecycle.states.values() if not state.final]
     faults = lifecycle_faults(lifecycle) + [
@@ -66,6 +69,12 @@ def check_lifecycle(resolved: ResolvedSession) -> Lifecycle:
         for state in resolved.timeouts
         if state not in waiting
     ]
+    return with_deadlines(lifecycle, VOCABULARY, resolved.timeouts, 1.0), faults
+
+
+def check_lifecycle(resolved: ResolvedSession) -> Lifecycle:
+    """The spec's lifecycle, analysed, with the spec's own deadlines. Raises InvalidFile."""
+    lifecycle, faults = examine(resolved)
     if any(fault.level == "error" for fault in faults):
         raise InvalidFile(faults)
-    return with_deadlines(lifecycle, VOCABULARY, resolved.timeouts, 1.0)
+    return lifecycle
