@@ -1,0 +1,100 @@
+# Every target sets up what it needs: host packages by .ci/setup, Python packages in .venv.
+.POSIX:
+.NOTPARALLEL:
+
+SPEC = specs/sessions/hello.yaml
+BIN = .venv/bin
+BUILD_IMAGE = $(BIN)/python -m kenaz_engine.guest.build
+LAUNCHER = $(BIN)/kenaz-launcher
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST = $(BIN)/coverage run -m pytest
+
+help: ## list the targets (what `make` alone does)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
+
+# Running ----------------------------------------------------------------------------------------------------
+
+session: host-session .venv/ready-to-run ## build the demo image once and run a session (SPEC=specs/sessions/hello.yaml)
+	@driver=auto; \
+	$(BUILD_IMAGE) || { driver=process; echo "kenaz: there is no image, so the session gets no machine" >&2; }; \
+	$(LAUNCHER) run $(SPEC) --set spec.driver=$$driver
+
+image: host-session .venv/ready-to-run ## build the demo image for this architecture
+	@$(BUILD_IMAGE)
+
+image-aarch64: host-image-aarch64 .venv/ready-to-run ## build the demo image for aarch64
+	@$(BUILD_IMAGE) --arch aarch64
+
+download-image: host-session .venv/ready-to-run ## fetch an image (IMAGE=name-or-URL SHA256=digest)
+	@if [ -z "$$IMAGE" ]; then \
+		echo "kenaz: say which image: make download-image IMAGE=name-or-URL [SHA256=digest]" >&2; exit 2; \
+	fi
+	@$(LAUNCHER) image pull "$$IMAGE" $${SHA256:+--sha256 "$$SHA256"}
+
+run-vm: image ## run a session in a real machine, never in a mere process (SPEC=specs/sessions/hello.yaml)
+	@$(LAUNCHER) run $(SPEC) --set spec.driver=qemu
+
+run-vm-aarch64: ## not yet: see what it says
+	@echo "kenaz: aarch64 guests cannot be booted yet; that comes with the work on further drivers." >&2
+	@echo "Today: make image-aarch64 builds the image, make run-vm boots the one of this host's architecture." >&2
+	@exit 3
+
+# Checking ---------------------------------------------------------------------------------------------------
+
+test: lint image ## check and test everything but what is long; branch coverage must reach 90 %
+	@rm -f .coverage .coverage.*
+	$(PYTEST) tests/unit tests/property
+	$(PYTEST) tests/integration tests/acceptance
+	@$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=90
+
+test-all: host-test .venv/ready-to-test ## only what `test` leaves out because it is long
+	$(BIN)/pytest --long
+
+bench: image .venv/ready-to-test ## measure what docs/performance.md promises
+	$(BIN)/python tests/benchmarks
+
+lint: host-test .venv/ready-to-test ## check style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready-to-test ## put the sources into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and all that was built or cached in this directory
+	rm -rf .venv build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Setting up -------------------------------------------------------------------------------------------------
+
+host-session:
+	@.ci/setup session
+
+host-test:
+	@.ci/setup test
+
+host-image-aarch64:
+	@.ci/setup image-aarch64
+
+# A dangling link (the Python that .venv was made from has gone) counts as missing, so .venv is made anew.
+.venv/bin/python:
+	@python=$$(.ci/python) && "$$python" -m venv --clear .venv
+
+# pip 25.1 is the first that knows dependency groups.
+.venv/ready-to-run: .venv/bin/python pyproject.toml
+	@echo "kenaz: installing into .venv"
+	@$(PIP) --upgrade "pip>=25.1"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/ready-to-test: .venv/bin/python pyproject.toml
+	@echo "kenaz: installing into .venv, with the tools for testing"
+	@$(PIP) --upgrade "pip>=25.1"
+	@$(PIP) --editable . --group test --group lint
+	@touch .venv/ready-to-run $@
+
+.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-all bench lint format clean \
+	host-session host-test host-image-aarch64
