@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import transitions
 
 from kenaz_engine.lifecycle.model import Arm, Guard, Lifecycle, State
 from kenaz_engine.lifecycle.vocabulary import Resource, Vocabulary
-
-_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +109,12 @@ class UnexpectedEvent(Exception):
 class _Cursor:
     """The throw-away model that `transitions` moves for one decision."""
 
-    __slots__ = ("arm", "event", "snapshot", "state")
+    __slots__ = ("event", "snapshot", "state")
 
     def __init__(self, snapshot: Snapshot, event: Event) -> None:
         self.state = snapshot.state
         self.snapshot = snapshot
         self.event = event
-        self.arm: Arm | None = None
 
 
 class Machine:
@@ -126,11 +122,11 @@ class Machine:
 
     def __init__(self, lifecycle: Lifecycle, vocabulary: Vocabulary) -> None:
         self.lifecycle = lifecycle
-        self._vocabulary = vocabulary
         self._raisers = {
             event: resource for resource in vocabulary.resources.values() for event in resource.raises
         }
-        table = transitions.Machine(
+        self._around = {name: _around(vocabulary, name) for name in vocabulary.resources}
+        self._table = table = transitions.Machine(
             model=None,
             states=list(lifecycle.states),
             initial=lifecycle.initial,
@@ -138,21 +134,15 @@ class Machine:
             send_event=True,
             queued=False,
         )
+        self._rows: dict[tuple[str, str], tuple[tuple[Arm, transitions.Transition], ...]] = {}
         for state in lifecycle.states.values():
             for event in sorted({*state.on, *lifecycle.any}):
-                for arm in lifecycle.arms(state, event):
-                    table.add_transition(
-                        event,
-                        state.name,
-                        arm.target,
-                        conditions=[_condition(arm.when)] if arm.when else None,
-                        before=[partial(_take, arm)],
-                    )
-        self._trigger: dict[tuple[str, str], Callable[[_Cursor], bool]] = {
-            (state, name): event.trigger
-            for name, event in table.events.items()
-            for state in event.transitions
-        }
+                if arms := lifecycle.arms(state, event):
+                    for arm in arms:
+                        condition = _condition(arm.when) if arm.when else None
+                        table.add_transition(event, state.name, arm.target, conditions=condition)
+                    compiled = table.get_transitions(event, state.name)
+                    self._rows[state.name, event] = tuple(zip(arms, compiled, strict=True))
 
     def start(self) -> Decision:
         """The decision that begins every session."""
@@ -186,16 +176,16 @@ class Machine:
         return self._transit(state, snapshot, event)
 
     def _transit(self, state: State, snapshot: Snapshot, event: Event) -> Decision:
-        trigger = self._trigger.get((state.name, event.type))
-        if trigger is None:
+        rows = self._rows.get((state.name, event.type))
+        if rows is None:
             if event.type in state.ignore:
                 return Decision(snapshot, reason="declared")
             if self.lifecycle.strict:
                 raise UnexpectedEvent(f"state {state.name!r} does not name the event {event.type!r}")
             return Decision(snapshot, reason="unhandled")
-        cursor = _Cursor(snapshot, event)
-        trigger(cursor)
-        arm = cursor.arm
+        # The rows are run one by one, which is what Event.trigger does, so that it is known which was taken.
+        attempt = transitions.EventData(None, None, self._table, _Cursor(snapshot, event), (), {})
+        arm = next((arm for arm, row in rows if row.execute(attempt)), None)
         if arm is None:
             return Decision(snapshot, reason="unhandled")
         moved = _moved(snapshot, arm, event)
@@ -205,10 +195,12 @@ class Machine:
 
     def _is_stale(self, snapshot: Snapshot, resource: Resource, ledger_id: int) -> bool:
         """An older incarnation, one already lost, or one inside of something that is lost."""
-        if ledger_id < snapshot.ids.get(resource.name, 0) or ledger_id <= snapshot.lost.get(resource.name, 0):
+        ids, lost = snapshot.ids, snapshot.lost
+        if ledger_id < ids.get(resource.name, 0) or ledger_id <= lost.get(resource.name, 0):
             return True
-        outer = self._vocabulary.resources.get(resource.within)
-        return outer is not None and 0 < snapshot.lost.get(outer.name, 0) >= snapshot.ids.get(outer.name, 0)
+        return any(
+            outer in lost and lost[outer] >= ids.get(outer, 0) for outer in self._around[resource.name]
+        )
 
 
 def _condition(guard: Guard) -> Callable[[transitions.EventData], bool]:
@@ -219,8 +211,10 @@ def _condition(guard: Guard) -> Callable[[transitions.EventData], bool]:
     return holds
 
 
-def _take(arm: Arm, trigger: transitions.EventData) -> None:
-    cast(_Cursor, trigger.model).arm = arm
+def _around(vocabulary: Vocabulary, name: str) -> tuple[str, ...]:
+    """The resources that the named one lies within, nearest first."""
+    outer = vocabulary.resources[name].within
+    return (outer, *_around(vocabulary, outer)) if outer else ()
 
 
 def _holds(guard: Guard, snapshot: Snapshot, event: Event) -> bool:
@@ -235,8 +229,9 @@ def _holds(guard: Guard, snapshot: Snapshot, event: Event) -> bool:
 
 
 def _admits(state: State, snapshot: Snapshot, event: Event) -> bool:
+    """Whether another attempt is made: never over what the last one made and could not give back (`left`)."""
     retry = state.retry
-    if retry is None or snapshot.attempt >= retry.attempts:
+    if retry is None or snapshot.attempt >= retry.attempts or event.data.get("left"):
         return False
     return retry.when is None or _holds(retry.when, snapshot, event)
 
