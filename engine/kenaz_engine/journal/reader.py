@@ -29,8 +29,9 @@ class Recording:
 
     @property
     def state(self) -> str:
-        """The state that the last decision led to; empty before the first."""
-        return next((r["state"] for r in reversed(self.records) if r["kind"] == "decision"), "")
+        """The state that was entered last, or that the last decision leads to; empty before the first."""
+        kinds = ("decision", "entered")
+        return next((r.get("state", "") for r in reversed(self.records) if r["kind"] in kinds), "")
 
 
 def read_journal(path: Path) -> Recording:

@@ -71,7 +71,7 @@ class Decoder:
         number = self._seq + 1
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Damaged(number, "is not JSON") from None
         if not isinstance(record, dict):
             raise Damaged(number, "is not a record")
@@ -87,8 +87,9 @@ class Decoder:
             )
         if record.get("prev") != self._prev:
             raise Damaged(number, "does not follow from the line before it: one of the two was changed")
-        if record.get("kind") not in KINDS:
-            raise Damaged(number, f"has the unknown kind {record.get('kind')!r}")
+        kind = record.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise Damaged(number, f"has the unknown kind {kind!r}")
         self._seq += 1
         self._prev = hashlib.sha256(line).hexdigest()
         return record
