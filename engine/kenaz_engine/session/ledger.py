@@ -1,13 +1,16 @@
 """What a session holds and must give back, written down before it is taken.
 
 Each acquisition is `intent` (durable), the act, `acquired` with a handle that another process could release.
-From intent to acquired nothing can interrupt it, so that a thing that exists is always known. Release runs in
-reverse order, each entry in a fair share of the time left, and one that fails stops no other.
+From intent to acquired no cancel interrupts it, so that a thing that exists is always known. Release runs in
+reverse order, each entry in a fair share of the time left, and one that fails stops no other. Only `cut` ends
+what is under way: its entries stay, for whoever releases next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import math
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +27,7 @@ ACQUIRE_BOUND = 30.0
 
 
 class AcquireTimeout(Exception):
-    """Making a thing took longer than ACQUIRE_BOUND."""
+    """Making a thing took longer than ACQUIRE_BOUND, or was cut short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,10 @@ class Made:
     release: Release
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """One thing held, or maybe held. `uses` are the ids of entries that it needs to stay until it is gone."""
+    """One thing held, or maybe held. `uses` are the ids of entries that it needs to stay until it is gone;
+    `error` is why it could not be released when that was last tried."""
 
     id: int
     resource: str
@@ -47,6 +51,7 @@ class Entry:
     bound: float
     handle: Mapping[str, Any] | None = None
     release: Release | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Ledger:
     by_intent: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]]
     entries: list[Entry] = field(default_factory=list)
     _last: int = 0
+    _shields: list[trio.CancelScope] = field(default_factory=list)
 
     async def acquire(
         self,
@@ -85,12 +91,14 @@ class Ledger:
 
         `bound` is the most seconds that its release may take. When `make` raises, what it may have left is
         released from the intent alone, and the exception goes on; the entry stays only if that fails too.
+        A cancel is heard before the intent and after the acquisition, not between.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._last += 1
         used = frozenset(e.id for name in uses if (e := self.held(name)) is not None)
         entry = Entry(self._last, resource, kind, intent, used, bound)
         fields = {"id": entry.id, "resource": resource, "type": kind}
-        with trio.CancelScope(shield=True):
+        with self._shield() as shield:
             self.sink.append("intent", {**fields, "intent": dict(intent), "uses": sorted(used)})
             self.entries.append(entry)
             try:
@@ -104,6 +112,8 @@ class Ledger:
             entry.handle, entry.release = made.handle, made.release
             self.sink.append("acquired", {**fields, "handle": dict(made.handle)})
         await trio.lowlevel.checkpoint()
+        if shield.cancelled_caught:
+            raise AcquireTimeout(f"making the {resource} was cut short")
         return value
 
     def held(self, resource: str) -> Entry | None:
@@ -113,12 +123,12 @@ class Ledger:
     async def release(self, resource: str) -> None:
         """Gives back the newest entry of a resource, if there is one. Raises ReleaseError if that fails."""
         entry = self.held(resource)
-        if entry is not None and (error := await self._release(entry, entry.bound)):
-            raise ReleaseError(f"the {resource} could not be released: {error}")
+        if entry is not None and (left := await self._release_all([entry], math.inf)):
+            raise ReleaseError(f"the {resource} could not be released: {left[0].error}")
 
     async def release_since(self, mark: int) -> list[Left]:
         """Gives back, in reverse order, all entries with an id above `mark`: what a failed attempt made."""
-        return await self._release_all([e for e in self.entries if e.id > mark], float("inf"))
+        return await self._release_all([e for e in self.entries if e.id > mark], math.inf)
 
     async def release_all(self, deadline: float) -> list[Left]:
         """Gives back everything, newest first, until `deadline` (trio's clock).
@@ -128,46 +138,64 @@ class Ledger:
         """
         return await self._release_all(list(self.entries), deadline)
 
+    def cut(self) -> None:
+        """Ends every acquisition and release under way, for the time they had is over; their entries stay."""
+        for shield in self._shields:
+            shield.cancel()
+
+    def left(self) -> list[Left]:
+        """What is held now, as what could not be released."""
+        return [_left(entry) for entry in self.entries]
+
     @property
     def last(self) -> int:
         """The id of the newest acquisition so far; 0 before the first."""
         return self._last
 
-    async def _release_all(self, entries: list[Entry], deadline: float) -> list[Left]:
-        left: list[Left] = []
-        for count, entry in zip(range(len(entries), 0, -1), reversed(entries), strict=True):
-            user = next((e for e in self.entries if entry.id in e.uses), None)
-            if user is not None:
-                error: str | None = f"is still used by the {user.resource}"
-            else:
-                share = max(0.0, deadline - trio.current_time()) / count
-                error = await self._release(entry, min(share, entry.bound))
-            if error:
-                left.append(Left(entry.id, entry.resource, entry.kind, error))
-        return left
-
-    async def _release(self, entry: Entry, seconds: float) -> str | None:
-        """The error, or None. A hung release is cut after `seconds`; the entry then stays."""
-        with trio.CancelScope(shield=True):
-            error: str | None = None
+    @contextmanager
+    def _shield(self) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope(shield=True) as shield:
+            self._shields.append(shield)
             try:
-                with trio.move_on_after(seconds) as scope:
-                    if entry.release is not None:
-                        await entry.release()
-                    else:
-                        await self.by_intent[entry.kind](entry.intent)
-                if scope.cancelled_caught:
-                    error = f"took longer than {seconds:.3g} s"
-            except Exception as exc:
-                error = str(exc) or type(exc).__name__
-            if error is None:
-                self.entries.remove(entry)
-                self.sink.append("released", {"id": entry.id, "resource": entry.resource, "type": entry.kind})
-            else:
-                self.sink.append(
-                    "note", {"about": "release", "id": entry.id, "resource": entry.resource, "error": error}
-                )
-        return error
+                yield shield
+            finally:
+                self._shields.remove(shield)
+
+    async def _release_all(self, entries: list[Entry], deadline: float) -> list[Left]:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with self._shield():
+            for count, entry in zip(range(len(entries), 0, -1), reversed(entries), strict=True):
+                user = next((e for e in self.entries if entry.id in e.uses), None)
+                if user is not None:
+                    entry.error = f"is still used by the {user.resource}"
+                else:
+                    share = max(0.0, deadline - trio.current_time()) / count
+                    await self._release(entry, min(share, entry.bound))
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return [_left(entry) for entry in entries if entry in self.entries]
+
+    async def _release(self, entry: Entry, seconds: float) -> None:
+        """A hung release is given up after `seconds`; the entry then stays, and says why."""
+        entry.error = "was cut short"
+        try:
+            with trio.move_on_after(seconds) as scope:
+                if entry.release is not None:
+                    await entry.release()
+                else:
+                    await self.by_intent[entry.kind](entry.intent)
+            entry.error = f"took longer than {seconds:.3g} s" if scope.cancelled_caught else ""
+        except Exception as exc:
+            entry.error = str(exc) or type(exc).__name__
+        fields = {"id": entry.id, "resource": entry.resource}
+        if entry.error:
+            self.sink.append("note", {"about": "release", **fields, "error": entry.error})
+        elif entry in self.entries:
+            self.entries.remove(entry)
+            self.sink.append("released", {**fields, "type": entry.kind})
+
+
+def _left(entry: Entry) -> Left:
+    return Left(entry.id, entry.resource, entry.kind, entry.error or "was not released")
 
 
 class ReleaseError(Exception):

@@ -16,7 +16,7 @@ import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import trio
@@ -174,7 +174,7 @@ class Runner:
         async with trio.open_nursery() as outer:
             outer.start_soon(self._sentinel)
             with trio.CancelScope(shield=True):
-                self.outcome = outcome = await self._session()
+                outcome = await self._session()
             outer.cancel_scope.cancel()
         return outcome
 
@@ -186,30 +186,44 @@ class Runner:
                 self.inbox.put(Event("abort", {"by": "cancel"}))
 
     async def _session(self) -> Outcome:
+        """The declared path; where that breaks off, for whatever reason, the sweep still comes."""
         self._started = trio.current_time()
         final: Finish | None = None
         internal = ""
-        async with trio.open_nursery() as self._nursery:
-            try:
-                final = await self._loop()
-            except Exception as exc:
-                internal = self._defect(exc)
-                await self._leave()
-            left = await self._ledger.release_all(trio.current_time() + SWEEP)
-            self._nursery.cancel_scope.cancel()
-        internal = internal or self._recorder.fault
+        try:
+            async with trio.open_nursery() as self._nursery:
+                try:
+                    final = await self._loop()
+                except Exception as exc:
+                    internal = self._defect(exc)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._leave()
+                        await self._ledger.release_all(trio.current_time() + SWEEP)
+                    self._nursery.cancel_scope.cancel()
+        except Exception as exc:
+            internal = internal or self._defect(exc)
+        finally:
+            self.outcome = self._conclude(final, internal)
+        return self.outcome
+
+    def _conclude(self, final: Finish | None, internal: str) -> Outcome:
         at = self._decision.snapshot
+        internal = internal or self._recorder.fault or ("" if final else "the runner was interrupted")
+        left = tuple(self._ledger.left())
         outcome = Outcome(
             state=at.state,
             success=final is not None and final.success and not internal and not left,
             verdict=at.verdict,
             also=at.also,
             warnings=at.warnings,
-            left=tuple(left),
+            left=left,
             internal=internal,
             seconds=trio.current_time() - self._started,
         )
         self._recorder.append("end", _end_fields(outcome))
+        if self._recorder.fault and not internal:
+            outcome = replace(outcome, success=False, internal=self._recorder.fault)
         return outcome
 
     async def _loop(self) -> Finish:
@@ -276,32 +290,28 @@ class Runner:
         )
         ended, data = "cancelled", {}
         try:
+            # The scope is inside: what comes out of it beside Cancelled is still caught here.
             with running.scope:
-                try:
-                    data = dict(await self._activities[running.activity](work) or {})
-                    ended = "done"
-                except Exception as exc:
-                    data = self._error_data(exc)
-                    ended = "error"
-                    if self.snapshot.entry == running.entry and self._retries(running):
-                        data = await self._undo(mark, data)
+                data = dict(await self._activities[running.activity](work) or {})
+                ended = "done"
+        except Exception as exc:
+            ended, data = "error", self._error_data(exc)
+            if self._machine.lifecycle.states[self.snapshot.state].retry and not running.leaving:
+                data = await self._undo(mark, data)
         finally:
             self._ended(running, mark, ended, data)
-
-    def _retries(self, running: _Running) -> bool:
-        return self._machine.lifecycle.states[self.snapshot.state].retry is not None and not running.leaving
 
     async def _undo(self, mark: int, data: dict[str, Any]) -> dict[str, Any]:
         """A failed attempt leaves nothing to the next; where that fails, there is no next."""
         left = await self._ledger.release_since(mark)
-        return {**data, "transient": False} if left else data
+        return {**data, "transient": False, "left": [entry.resource for entry in left]} if left else data
 
     def _ended(self, running: _Running, mark: int, ended: str, data: dict[str, Any]) -> None:
         running.ended.set()
         if running.leaving or ended == "cancelled":
-            self._recorder.append(
-                "activity", {"activity": running.activity, "entry": running.entry, "ended": ended}
-            )
+            fields = {"activity": running.activity, "entry": running.entry, "ended": ended}
+            error = {"error": data["message"]} if ended == "error" else {}
+            self._recorder.append("activity", fields | error)
             return
         if ended == "done":
             acquired = {e.resource: e.id for e in self._ledger.entries if e.id > mark}
@@ -310,21 +320,23 @@ class Runner:
 
     async def _leave(self) -> None:
         """Cancels the activity and waits for its clean-up; events stay in the inbox, but for `abort`."""
-        running, self._running = self._running, None
-        if running is None or running.ended.is_set():
-            return
-        running.leaving = True
-        running.scope.cancel()
-        async with trio.open_nursery() as waiting:
-            waiting.start_soon(self._bound_cleanup, running)
-            await running.ended.wait()
-            waiting.cancel_scope.cancel()
+        running = self._running
+        if running is not None and not running.ended.is_set():
+            running.leaving = True
+            running.scope.cancel()
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(self._bound_cleanup, running)
+                await running.ended.wait()
+                waiting.cancel_scope.cancel()
+        self._running = None
 
     async def _bound_cleanup(self, running: _Running) -> None:
         deadline = trio.current_time() + running.cleanup
         while trio.current_time() < deadline and not self.inbox.holds("abort"):
             await self.inbox.wait(until=deadline)
+            await self.inbox.settle()
         running.cut_cleanup()
+        self._ledger.cut()
 
     async def _next_event(self) -> Event:
         while True:
@@ -359,16 +371,17 @@ class Runner:
             self.inbox.put(Event("internal.error", {"message": self._defect(exc)}))
 
     def _error_data(self, exc: Exception) -> dict[str, Any]:
-        exc = _only(exc)
-        if isinstance(exc, ActivityError):
-            return exc.data
-        return {"message": self._defect(exc), "transient": False}
+        """What an activity raised, as an event's data; of several errors at once the first one's."""
+        errors = [error for error in _leaves(exc) if isinstance(error, ActivityError)]
+        if len(errors) < len(_leaves(exc)):
+            return {"message": self._defect(exc), "transient": False}
+        return {**errors[0].data, "transient": all(error.data["transient"] for error in errors)}
 
     def _defect(self, exc: Exception) -> str:
         """Keeps the traceback for `--debug`; the journal gets the type and the message only."""
-        exc = _only(exc)
         self.tracebacks.append("".join(traceback.format_exception(exc)))
-        return f"internal error: {type(exc).__name__}: {exc}"
+        first = next((e for e in _leaves(exc) if not isinstance(e, ActivityError)), _leaves(exc)[0])
+        return f"internal error: {type(first).__name__}: {first}"
 
 
 class _Status(trio.TaskStatus[Any]):
@@ -383,11 +396,11 @@ class _Status(trio.TaskStatus[Any]):
         self.given = True
 
 
-def _only(exc: Exception) -> Exception:
-    """The one exception inside of nested groups, where there is just one."""
-    while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:
-        exc = exc.exceptions[0]
-    return exc
+def _leaves(exc: Exception) -> list[Exception]:
+    """The exceptions in nested groups, or the one that is no group."""
+    if isinstance(exc, ExceptionGroup):
+        return [leaf for inner in exc.exceptions for leaf in _leaves(inner)]
+    return [exc]
 
 
 def _end_fields(outcome: Outcome) -> dict[str, Any]:
