@@ -20,7 +20,7 @@ SIMULTANEOUS = (
     "done",
     "end",
 )
-"""Order of events with equal stamps on virtual time; what is not named here comes last."""
+"""Order of events with equal stamps on virtual time; what is not named here comes last, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class Inbox:
             await trio.lowlevel.checkpoint()
 
 
-def _rank(stamped: Stamped) -> tuple[float, int]:
-    kind = stamped.event.type
-    return stamped.at, SIMULTANEOUS.index(kind) if kind in SIMULTANEOUS else len(SIMULTANEOUS)
+def _rank(stamped: Stamped) -> tuple[float, int, str, int, str]:
+    """Total, so that nothing is left to the order in which tasks happened to run."""
+    event = stamped.event
+    place = SIMULTANEOUS.index(event.type) if event.type in SIMULTANEOUS else len(SIMULTANEOUS)
+    return stamped.at, place, event.type, event.id or 0, repr(sorted(event.data.items()))

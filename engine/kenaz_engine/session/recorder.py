@@ -39,13 +39,16 @@ class Recorder:
                 self.on_fault(self.fault)
         if self.fault and kind == "intent":
             raise RecordLost(self.fault)
-        for observer in list(self._observers):
-            self._show(observer, record)
+        faults = [fault for observer in list(self._observers) if (fault := self._show(observer, record))]
+        for fault in faults:
+            self.append("note", {"about": "observer", "error": fault})
         return record
 
-    def _show(self, observer: Observer, record: Mapping[str, Any]) -> None:
-        """An observer that fails (a closed terminal) is asked no more; the session goes on."""
+    def _show(self, observer: Observer, record: Mapping[str, Any]) -> str:
+        """An observer that fails (a closed terminal) is asked no more; the session and its clean-up go on."""
         try:
             observer(record)
-        except (OSError, ValueError):
+        except Exception as exc:
             self._observers.remove(observer)
+            return f"{type(exc).__name__}: {exc}"
+        return ""
