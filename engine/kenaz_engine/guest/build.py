@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kenaz_engine import __version__
 from kenaz_engine.guest import cpio
@@ -35,7 +35,6 @@ from kenaz_engine.guest.recipe import (
     LATE_MODULES,
     MODULES,
     OS_RELEASE,
-    RECIPE_VERSION,
     STDLIB,
     Architecture,
 )
@@ -65,16 +64,23 @@ def build(arch: str, output: Path, *, force: bool = False, report: Report = prin
     manifest = output / "image.json"
     _require_tools()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(output.with_name(f".{output.name}.lock"), report):
-        packages = _resolve(target)
-        inputs = _digest_of_inputs(packages)
-        if not force and _is_current(manifest, inputs):
+    with _locked(output.with_name(f".{output.name}.lock"), report) as lock:
+        # Asking apt takes a second: while its lists are those of the last build, the answer is, too.
+        stamp = _digest([_sources(), _package_lists()])
+        current = lock.read() == stamp and _is_current(manifest)
+        if not current or force:
+            packages = _resolve(target)
+            inputs = _digest([_sources(), sorted(packages.items())])
+            current = _is_current(manifest, inputs)
+        if current and not force:
+            _note(lock, stamp)
             report(f"demo image for {arch} is current: {output}")
             return manifest
         report(f"building the demo image for {arch}")
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
             result = _make(target, packages, inputs, Path(scratch), report)
             _replace(result, output)
+        _note(lock, stamp)
     report(f"demo image for {arch} is ready: {output}")
     return manifest
 
@@ -107,15 +113,22 @@ def _run(tool: str, *arguments: str | Path, cwd: Path | None = None, stdin: byte
 
 
 @contextmanager
-def _locked(path: Path, report: Report) -> Iterator[None]:
+def _locked(path: Path, report: Report) -> Iterator[TextIO]:
     """Holds the kernel's lock on `path`, which stays: unlinking a lock file lets two in."""
-    with path.open("w") as lock:
+    with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             report("waiting for another build of the same image")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        lock.seek(0)
+        yield lock
+
+
+def _note(lock: TextIO, stamp: str) -> None:
+    """Keeps `stamp` in the lock file, for the next build to compare."""
+    lock.truncate(0)
+    lock.write(stamp)
 
 
 # Inputs ---------------------------------------------------------------------------------------------------
@@ -147,22 +160,30 @@ def _resolve(target: Architecture) -> dict[str, str]:
     return versions
 
 
-def _digest_of_inputs(packages: Mapping[str, str]) -> str:
-    """What the image depends on, so that a changed agent or a newer package makes a new image."""
-    digest = hashlib.sha256(json.dumps([RECIPE_VERSION, __version__, sorted(packages.items())]).encode())
-    sources = [AGENT, *sorted(FILES.iterdir()), Path(__file__), Path(__file__).with_name("recipe.py")]
-    for path in sources:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _sources() -> list[str]:
+    """Digests of what of this project goes into the image or says how it is made."""
+    here = Path(__file__).parent
+    paths = [AGENT, *sorted(FILES.iterdir()), *(here / name for name in ("build.py", "cpio.py", "recipe.py"))]
+    return [__version__, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)]
 
 
-def _is_current(manifest: Path, inputs: str) -> bool:
+def _package_lists() -> list[tuple[str, int, int]]:
+    """A cheap sign of change of what apt knows."""
+    found = [(path, path.stat()) for path in sorted(Path("/var/lib/apt/lists").glob("*_Packages*"))]
+    return [(path.name, status.st_size, status.st_mtime_ns) for path, status in found]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _is_current(manifest: Path, inputs: str | None = None) -> bool:
+    """Whether the image is whole and made from `inputs`."""
     try:
         data = json.loads(manifest.read_bytes())
-        parts = data["parts"].values()
-        return data["inputs"] == inputs and all(
-            (manifest.parent / part["file"]).stat().st_size == part["size"] for part in parts
-        )
+        sizes = {part["file"]: part["size"] for part in data["parts"].values()}
+        whole = all((manifest.parent / name).stat().st_size == size for name, size in sizes.items())
+        return whole and inputs in (None, data["inputs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-RECIPE_VERSION = 1
-"""Raised when `build` makes something else of the same inputs, so that cached images are built again."""
-
 FILES = Path(__file__).parent / "files"
 AGENT = Path(__file__).parent / "agent.py"
 

@@ -3,7 +3,9 @@
 #
 # The agent's exit status: 0 or 10 power off, 11 reboot, anything else is a crash and it is started again.
 PATH=/bin:/usr/bin
-export PATH LANG=C.UTF-8
+# A fixed hash seed: the kernel has no entropy yet, and would spend a second on gathering it for Python.
+# -s -P -S instead of -I, which would ignore the seed.
+export PATH LANG=C.UTF-8 PYTHONHASHSEED=0
 busybox mount -t proc proc /proc
 read -r KENAZ_CLOCK_INIT _ </proc/uptime
 export KENAZ_CLOCK_INIT
@@ -14,7 +16,7 @@ busybox mount -o move /mnt /run/kenaz/meta 2>/dev/null
 supervise() {
     tenths=1
     while :; do
-        python3.11 -I -S -E /usr/lib/kenaz/agent.py --env /run/kenaz/meta/kenaz.env --machine
+        python3.11 -s -P -S /usr/lib/kenaz/agent.py --env /run/kenaz/meta/kenaz.env --machine
         status=$?
         case $status in
             0 | 10) kill -USR1 1 && return ;;
@@ -51,12 +53,16 @@ trap 'finish poweroff' USR1
 trap 'finish reboot' USR2
 supervise </dev/null &
 
-# What the agent can do without comes after its start.
-busybox mount -t tmpfs -o mode=1777,nosuid,nodev tmp /tmp
-while read -r module; do
-    busybox insmod "/lib/kenaz/$module.ko" || echo "kenaz: module $module does not load"
-done </lib/kenaz/order
-button &
+# What the agent can do without comes after its start, and yields to it.
+later() {
+    busybox renice -n 19 -p "$1" >/dev/null
+    busybox mount -t tmpfs -o mode=1777,nosuid,nodev tmp /tmp
+    while read -r module; do
+        busybox insmod "/lib/kenaz/$module.ko" || echo "kenaz: module $module does not load"
+    done </lib/kenaz/order
+    button
+}
+(read -r pid _ </proc/self/stat && later "$pid") &
 
 # The shell reaps what is orphaned whenever it waits; a signal ends the wait and runs its trap.
 while :; do
