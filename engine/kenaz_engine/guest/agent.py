@@ -1,11 +1,11 @@
 """The guest agent: dials the host, proves who it is, and plays a small scripted workbench.
 
-Runs on the standard library alone, as one file, in two places: in the demo image under its init (`--machine`),
-and as an ordinary child process where no hypervisor exists: `python -I agent.py --env FILE [--root DIR]`.
-Under emulation each import costs the boot dearly; therefore only light modules at the top, and the rest late.
+Runs on the standard library alone, as one file, in two places: in the demo image under its init
+(`--machine`), and as an ordinary child process where there is no hypervisor: `python -I agent.py --env FILE
+[--root DIR]`. Under emulation each import costs the boot dearly: only light modules stand at the top.
 
-What it is to do comes from the environment file (see docs/reference/image.md). Exit status: 0 after bye, or on
-SIGTERM; 10 power off; 11 reboot; anything else is a crash.
+What it is to do comes from the environment file (see docs/reference/image.md). Exit status: 0 after bye or on
+SIGTERM, 2 for a bad environment file, 10 power off, 11 reboot; anything else is a crash.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def parse_environment(text: str) -> dict[str, str]:
     """Reads what systemd calls an EnvironmentFile: NAME=value lines, quotes, backslashes, comments.
 
     As systemd does: in single quotes everything stands for itself; in double quotes a backslash protects
-    only the characters ", \\, $ and `, and joins lines; elsewhere it protects any character. What is no assignment is skipped.
+    only the characters ", \\, $ and `, and joins lines; elsewhere it protects any character. What is no
+    assignment is skipped.
     """
     variables: dict[str, str] = {}
     at = 0
@@ -209,7 +210,7 @@ class Wire:
 
 
 def open_channel(channel: str) -> int:
-    """A descriptor connected to the host. Raises OSError when it cannot be reached now, ValueError for nonsense."""
+    """A descriptor connected to the host. Raises OSError when it cannot be reached now."""
     kind, _, rest = channel.partition(":")
     if kind == "virtio-serial":
         return _open_port(rest)
@@ -399,7 +400,12 @@ class Agent:
     """
 
     def __init__(
-        self, settings: Settings, *, root: str = "/", owns_machine: bool = False, clock: Mapping[str, float] | None = None
+        self,
+        settings: Settings,
+        *,
+        root: str = "/",
+        owns_machine: bool = False,
+        clock: Mapping[str, float] | None = None,
     ) -> None:
         self.settings = settings
         self.owns_machine = owns_machine
@@ -552,15 +558,23 @@ def _on_sigterm(*, ignore: bool) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: `--env FILE [--root DIR] [--machine]`; read by hand, argparse being slow to import."""
+    """The command line; read by hand, because argparse is slow to import."""
     started = boottime()
-    options = dict(zip(argv[::2], argv[1::2], strict=False))
     owns_machine = "--machine" in argv
-    with open(options["--env"], encoding="utf-8") as file:
-        settings = Settings(parse_environment(file.read()))
+    valued = [word for word in argv if word != "--machine"]
+    options = dict(zip(valued[::2], valued[1::2], strict=False))
+    if "--env" not in options or len(valued) % 2 or not options.keys() <= {"--env", "--root"}:
+        say("usage: agent.py --env FILE [--root DIR] [--machine]")
+        return 2
+    try:
+        with open(options["--env"], encoding="utf-8") as file:
+            settings = Settings(parse_environment(file.read()))
+    except (OSError, ValueError) as error:
+        say(f"kenaz-guest: {options['--env']}: {error}")
+        return 2
     clock = {}
     if owns_machine:
-        clock = {"init": float(os.environ.get("KENAZ_CLOCK_INIT", 0)), "agent": round(started, 3)}
+        clock = {"init": float(os.environ["KENAZ_CLOCK_INIT"]), "agent": round(started, 3)}
     else:
         _on_sigterm(ignore=False)
     Agent(settings, root=options.get("--root", "/"), owns_machine=owns_machine, clock=clock).run()

@@ -1,7 +1,7 @@
 """Builds the demo image from Debian packages, without root: `python -m kenaz_engine.guest.build --help`.
 
 The result is a directory of four files: `kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see
-docs/reference/image.md). It appears whole or not at all, and is built again only when its inputs have changed.
+docs/reference/image.md). It appears whole or not at all, and is built again when its inputs have changed.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _note(lock: TextIO, stamp: str) -> None:
 
 
 def _resolve(target: Architecture) -> dict[str, str]:
-    """Version by package name, as the host's package lists have them; the kernel's is the versioned package."""
+    """Version by package name, as the host's package lists have them; the kernel is the versioned one."""
     native = _run("dpkg", "--print-architecture").strip()
     if target.debian not in (native, *_run("dpkg", "--print-foreign-architectures").split()):
         raise BuildError(
@@ -144,7 +144,8 @@ def _resolve(target: Architecture) -> dict[str, str]:
         )
     depends = _run("apt-cache", "depends", "--important", f"{target.kernel}:{target.debian}")
     kernel = next(
-        (name.partition(":")[0] for name in depends.split() if name.startswith("linux-image-6")), target.kernel
+        (name.partition(":")[0] for name in depends.split() if name.startswith("linux-image-6")),
+        target.kernel,
     )
     names = [f"{name}:{target.debian}" for name in (kernel, *GUEST_PACKAGES)]
     versions: dict[str, str] = {}
@@ -315,7 +316,21 @@ def _initrd(tree: Path, modules: Modules) -> bytes:
 
 def _fill_root(tree: Path, root: Path, modules: Modules) -> None:
     """Copies what the guest needs from the unpacked packages into `root`."""
-    for name in ("bin", "dev", "etc", "lib", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "usr/bin", "var"):
+    for name in (
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "mnt",
+        "proc",
+        "root",
+        "run",
+        "sbin",
+        "sys",
+        "tmp",
+        "usr/bin",
+        "var",
+    ):
         (root / name).mkdir(parents=True)
     _copy(tree / "bin/busybox", root / "bin/busybox")
     _copy(tree / "usr/bin/python3.11", root / "usr/bin/python3.11")
@@ -365,7 +380,15 @@ def _copy_stdlib(minimal: Path, full: Path, destination: Path) -> None:
     chosen += [(full, path) for pattern in STDLIB for path in full.glob(pattern)]
     for source, path in chosen:
         _copy(path, destination / path.relative_to(source))
-    arguments = ("-q", "--invalidation-mode", "unchecked-hash", "-s", destination, "-p", "/usr/lib/python3.11")
+    arguments = (
+        "-q",
+        "--invalidation-mode",
+        "unchecked-hash",
+        "-s",
+        destination,
+        "-p",
+        "/usr/lib/python3.11",
+    )
     _run("python3.11", "-I", "-m", "compileall", *arguments, destination)
 
 
@@ -378,10 +401,16 @@ def _make_ext4(root: Path, image: Path, epoch: int) -> None:
     options = ("-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", features, "-E", extended)
     _run("mke2fs", *options, "-L", "KENAZROOT", "-U", _uuid("root"), "-d", root, image, str(blocks))
     # mke2fs takes owner and times from the files, and of these only the modification time can be set.
-    commands = ["set_super_value mkfs_time @{0}", "set_super_value wtime @{0}", "set_super_value lastcheck @{0}"]
+    commands = [
+        "set_super_value mkfs_time @{0}",
+        "set_super_value wtime @{0}",
+        "set_super_value lastcheck @{0}",
+    ]
     for path in ("", *sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))):
         commands += [f"set_inode_field /{path} {name} 0" for name in ("uid", "gid")]
-        commands += [f"set_inode_field /{path} {name} @{epoch}" for name in ("atime", "ctime", "mtime", "crtime")]
+        commands += [
+            f"set_inode_field /{path} {name} @{epoch}" for name in ("atime", "ctime", "mtime", "crtime")
+        ]
     script = "".join(f"{command.format(epoch)}\n" for command in commands)
     _run("debugfs", "-w", "-f", "-", image, stdin=script.encode())
 
@@ -438,7 +467,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here, because catalog knows where images live and the rest of this module does not care.
     from kenaz_engine.images.catalog import default_cache
 
-    parser = argparse.ArgumentParser(prog="python -m kenaz_engine.guest.build", description="Build the demo image.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kenaz_engine.guest.build", description="Build the demo image."
+    )
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default=_host_arch())
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to put it (default: the cache)")
     parser.add_argument("--force", action="store_true", help="build even if the image is current")
@@ -449,7 +480,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     output = options.output or default_cache() / "images" / "demo" / options.arch
     try:
-        build(options.arch, output.absolute(), force=options.force, report=lambda text: print(text, flush=True))
+        build(
+            options.arch, output.absolute(), force=options.force, report=lambda text: print(text, flush=True)
+        )
     except (BuildError, OSError) as error:
         hint = getattr(error, "hint", "")
         print(f"error: {error}" + (f"; try: {hint}" if hint else ""), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Writes cpio archives of the `newc` kind, as the kernel unpacks them. Pure; no root, no clock, no disk order."""
+"""Writes cpio archives of the `newc` kind, as the kernel unpacks them. Pure: no root, no clock."""
 
 from __future__ import annotations
 
