@@ -67,7 +67,8 @@ def to_data(lifecycle: Lifecycle) -> dict[str, Any]:
 def _lifecycle(document: Document, faults: list[Fault]) -> Lifecycle:
     if wrong := schema.check_kind(document, "Lifecycle"):
         yamlfile.refuse([*faults, *wrong])
-    faults = [*faults, *schema.check(document, schema.shipped("Lifecycle"), code=_SHAPE)]
+    shape = schema.check(document, schema.shipped("Lifecycle"), code=_SHAPE)
+    faults = [*faults, *yamlfile.untold(shape, faults)]
     data = document.data
     faults += _meaning_faults(document, data)
     if faults:

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import Any
 
 from kenaz_engine.spec import schema, yamlfile
@@ -17,7 +19,7 @@ _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 _STEP = re.compile(r"[A-Za-z0-9_-]+")
 
-_TOOL = re.compile(r"[A-Za-z0-9_*-]+(\.[A-Za-z0-9_*-]+)*")
+_TOOL = re.compile(r"[A-Za-z0-9_:/*-]+(\.[A-Za-z0-9_:/*-]+)*")
 _IMAGE_NAME = re.compile(
     r"[a-z0-9]+([._-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}|@sha256:[0-9a-f]{64})?"
 )
@@ -56,13 +58,12 @@ class ToolsSpec:
 
 @dataclass(frozen=True, slots=True)
 class LimitsSpec:
-    """What a guest may take: `frame` in bytes, `handshake` in seconds, `rate` in messages per second."""
+    """What a guest may take: `frame` in bytes, `handshake` in seconds."""
 
     frame: int
     depth: int
     handshake: float
     invocations: int
-    rate: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class ResolvedSession:
 
     def beside(self, path: str) -> str:
         """A path of the file, which is relative to it, as the launcher can open it."""
-        return os.path.join(os.path.dirname(self.file), path)  # noqa: PTH118, PTH120 -- stays a text, stays pure
+        return str(PurePath(self.file).parent / path)
 
 
 def load_session(
@@ -145,8 +146,8 @@ def load_session(
         yamlfile.refuse([*faults, *wrong])
     shape = schema.shipped("Session")
     document, overridden = _override(document, overrides, shape, faults)
-    faults += schema.check(document, shape)
-    faults += _meaning_faults(document)
+    faults += yamlfile.untold(schema.check(document, shape), faults)
+    faults += yamlfile.untold(_meaning_faults(document), faults)
     environments = _Environment(environment, document, faults)
     environments.find(document.data, shape, ())
     if session_id is not None and not _ID.fullmatch(session_id):
@@ -196,7 +197,6 @@ def describe(session: ResolvedSession) -> dict[str, Any]:
                 "depth": limits.depth,
                 "handshake": format_duration(limits.handshake),
                 "invocations": limits.invocations,
-                "rate": limits.rate,
             },
         },
         "timeouts": {state: format_duration(seconds) for state, seconds in session.timeouts.items()},
@@ -304,7 +304,7 @@ def _tool_faults(document: Document) -> Iterator[Fault]:
             if not isinstance(pattern, str):
                 continue
             here: Path = (*path, index)
-            shown = f"`{shorten(pattern)}`"
+            shown = f"`{shorten(pattern)}`" if pattern else "an empty pattern"
             if not _TOOL.fullmatch(pattern):
                 hint = "names joined by dots, `*` for any characters, like fs.*"
                 yield Fault(document.place(here), dotted(here), f"{shown} can match no tool", hint)
@@ -325,7 +325,7 @@ def _covers(wide: str, narrow: str) -> bool:
 
     Read as a name, `narrow` has a `*` only where a `*` of `wide` can swallow it.
     """
-    return re.fullmatch(".*".join(re.escape(part) for part in wide.split("*")), narrow) is not None
+    return fnmatchcase(narrow, wide)
 
 
 # --- the environment ----------------------------------------------------------------------------------------
@@ -449,7 +449,6 @@ def _session(
                 depth=int(limits["depth"]),
                 handshake=parse_duration(limits["handshake"]),
                 invocations=int(limits["invocations"]),
-                rate=int(limits["rate"]),
             ),
         ),
         timeouts={state: parse_duration(text) for state, text in spec["timeouts"].items()},

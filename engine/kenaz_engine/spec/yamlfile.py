@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -30,11 +30,9 @@ Path = tuple[str | int, ...]
 
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-# The characters of YAML, without the three line breaks of YAML 1.1 that no editor counts as such, and
-# without the byte order mark, which may only be the first character.
-_FORBIDDEN = re.compile(
-    "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
+# What YAML does not allow, the line breaks of YAML 1.1 that no editor counts as such, and the byte order
+# mark, which may only be the first character.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _BREAK = re.compile(r"\r\n|\r|\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -43,6 +41,8 @@ _BOOLEAN = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+_MISSING = re.compile(r"expected ',' or '(.)'")
 
 _TAGS = "tag:yaml.org,2002:"
 _TAG_TYPES: Mapping[str, type] = {
@@ -205,6 +205,12 @@ def _replaced(node: Node | None, path: Path, value: Any, place: Place) -> Node |
     return copy
 
 
+def untold(faults: Iterable[Fault], told: list[Fault]) -> list[Fault]:
+    """Those faults at whose place nothing has been told yet: the first fault of a value causes the others."""
+    places = {fault.place for fault in told}
+    return [fault for fault in faults if fault.place not in places]
+
+
 def refuse(faults: list[Fault]) -> NoReturn:
     """Raises InvalidFile with the faults in the file's order, `--set` and the like last."""
     # A file's faults carry lines; what has none is an override, or concerns the file as a whole.
@@ -277,15 +283,17 @@ class _Stopped(Exception):
     """No more of the document can be read; the faults say why."""
 
 
-@dataclass(slots=True)
 class _Open:
     """A mapping or sequence whose end has not come yet. `key` waits for its value; its name is None when it
     was refused and the value goes the same way."""
 
-    node: Node
-    anchor: str | None
-    tag: str | None
-    key: tuple[str | None, Place] | None = None
+    __slots__ = ("anchor", "key", "node", "tag")
+
+    def __init__(self, node: Node, anchor: str | None, tag: str | None) -> None:
+        self.node = node
+        self.anchor = anchor
+        self.tag = tag
+        self.key: tuple[str | None, Place] | None = None
 
 
 class _Builder:
@@ -305,8 +313,9 @@ class _Builder:
         place = Place(self._file, 1, 1)
         try:
             for event in yaml.parse(self._text, _LOADER):
-                assert event.start_mark is not None  # as the parser's own events have one
-                place = Place(self._file, event.start_mark.line + 1, event.start_mark.column + 1)
+                mark = event.start_mark
+                assert mark is not None  # as the parser's own events have one
+                place = self._at(mark.line, mark.column)
                 self._take(event, place)
         except yaml.MarkedYAMLError as error:
             self._syntax(error)
@@ -316,6 +325,12 @@ class _Builder:
         if self._root is None:
             self._stop(Place(self._file), "is empty")
         return self._root
+
+    def _at(self, line: int, column: int) -> Place:
+        """The place of a mark; one after the last line, as the parser in C has them, is moved to its end."""
+        if line < len(self._lines):
+            return Place(self._file, line + 1, column + 1)
+        return Place(self._file, len(self._lines), len(self._lines[-1]) + 1)
 
     # --- faults -----------------------------------------------------------------------------------------
 
@@ -341,18 +356,18 @@ class _Builder:
         problem = error.problem or error.context or "it cannot be parsed"
         if mark is None:
             self._stop(Place(self._file), f"is not valid YAML: {problem}")
-        # At the end of a file the parsers disagree by a line; the last one that exists is meant.
-        line = min(mark.line, max(0, len(self._lines) - 1))
-        place = Place(self._file, line + 1, mark.column + 1)
-        character = self._lines[line][mark.column : mark.column + 1] if line == mark.line else ""
+        place = self._at(mark.line, mark.column)
+        character = self._lines[place.line - 1][place.column - 1 : place.column]
         if character == "\t" or "tab character" in problem:
             self._stop(place, "a tab is used for indentation", "use spaces")
         if "mapping values are not allowed" in problem:
             self._stop(place, "a second `:` makes no sense here", "quote a text that has `: ` in it")
         if "cannot start any token" in problem:
             self._stop(place, f"no value can start with `{character}`", "quote it")
-        hint = "quote a text that has braces in it" if "${" in self._lines[line] else ""
-        self._stop(place, f"is not valid YAML: {problem}", hint)
+        if missing := _MISSING.search(problem):
+            hint = "quote a text that has brackets in it"
+            self._stop(place, f"a `,` or `{missing[1]}` is missing before this", hint)
+        self._stop(place, f"is not valid YAML: {problem}")
 
     # --- events -----------------------------------------------------------------------------------------
 
