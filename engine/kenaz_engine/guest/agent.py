@@ -86,36 +86,38 @@ def _is_name(name: str) -> bool:
 def _value(text: str, at: int) -> tuple[str, int]:
     """The value that starts at `at`, and where the next line starts."""
     parts: list[str] = []
-    kept = 0  # length up to which white space belongs to the value
+    kept = 0  # how many of the parts trailing white space must leave
     quote = ""
+    begins = True  # a quote opens only where a value begins, or right behind another quoted piece
     while at < len(text):
         char = text[at]
         at += 1
-        if quote and char == quote:
-            quote = ""
-            kept = len(parts)
-        elif char == "\\" and quote != "'":
+        if char == "\\" and quote != "'":
             following = text[at : at + 1]
             at += 1
-            if following == "\n":
-                continue
-            if quote and following not in ('"', "\\", "$", "`"):
-                parts.append("\\")
-            parts.append(following)
-            kept = len(parts)
+            if following != "\n":
+                protected = not quote or following in ('"', "\\", "$", "`")
+                parts += [following] if protected else ["\\", following]
+                kept = len(parts)
+                begins = False
         elif quote:
-            parts.append(char)
+            if char == quote:
+                quote = ""
+                begins = True
+            else:
+                parts.append(char)
+            kept = len(parts)
         elif char == "\n":
             break
-        elif char in "\"'" and len(parts) == kept:
+        elif begins and char in "\"'":
             quote = char
-        elif char in " \t\r" and not parts:
-            continue
-        else:
+        elif char not in " \t\r":
             parts.append(char)
-            if char not in " \t\r":
-                kept = len(parts)
-    return "".join(parts if quote else parts[:kept]), at
+            kept = len(parts)
+            begins = False
+        elif not begins:
+            parts.append(char)
+    return "".join(parts[:kept]), at
 
 
 class Settings:
@@ -428,23 +430,30 @@ class Agent:
         """Dials for ever; returns when bye has been said."""
         for _ in self._early:
             raise ValueError("an early: word needs no channel")
-        backoff = FIRST_BACKOFF
+        pause = FIRST_BACKOFF
         while True:
             fd = self._dial()
-            if fd is not None:
+            if fd is None:
+                pause = min(2 * pause, LAST_BACKOFF)
+            else:
                 wire = Wire(fd)
                 try:
-                    backoff = self.converse(wire)
+                    pause = self.converse(wire)
                 except Closed as error:
                     say(f"kenaz-guest: connection closed: {error}")
-                    backoff = FIRST_BACKOFF
-                except Bye as error:
-                    wire.send({"kind": "bye", "reason": str(error)})
+                    pause = FIRST_BACKOFF
+                except Bye as bye:
+                    self._say_bye(wire, str(bye))
                     return
                 finally:
                     wire.close()
-            time.sleep(backoff)
-            backoff = min(2 * backoff, max(LAST_BACKOFF, backoff))
+            time.sleep(pause)
+
+    def _say_bye(self, wire: Wire, reason: str) -> None:
+        try:
+            wire.send({"kind": "bye", "reason": reason})
+        except Closed as error:
+            say(f"kenaz-guest: bye is not heard: {error}")
 
     def converse(self, wire: Wire) -> float:
         """One connection, from hello on. Returns seconds to wait after a refusal; raises Closed or Bye."""

@@ -57,6 +57,11 @@ class Image:
     console_patterns: tuple[ConsolePattern, ...]
 
     @property
+    def manifest(self) -> Path:
+        """The manifest itself."""
+        return self.kernel.with_name(MANIFEST)
+
+    @property
     def kernel(self) -> Path:
         """The kernel, fit for QEMU's `-kernel`."""
         return self.parts["kernel"].path
