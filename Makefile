@@ -25,10 +25,7 @@ image: host-session .venv/ready-to-run ## build the demo image for this architec
 image-aarch64: host-image-aarch64 .venv/ready-to-run ## build the demo image for aarch64
 	@$(BUILD_IMAGE) --arch aarch64
 
-download-image: host-session .venv/ready-to-run ## fetch an image (IMAGE=name-or-URL SHA256=digest)
-	@if [ -z "$$IMAGE" ]; then \
-		echo "kenaz: say which image: make download-image IMAGE=name-or-URL [SHA256=digest]" >&2; exit 2; \
-	fi
+download-image: which-image host-session .venv/ready-to-run ## fetch an image (IMAGE=name-or-URL SHA256=digest)
 	@$(LAUNCHER) image pull "$$IMAGE" $${SHA256:+--sha256 "$$SHA256"}
 
 run-vm: image ## run a session in a real machine, never in a mere process (SPEC=specs/sessions/hello.yaml)
@@ -41,12 +38,15 @@ run-vm-aarch64: ## not yet: see what it says
 
 # Checking ---------------------------------------------------------------------------------------------------
 
-test: lint image ## check and test everything but what is long; branch coverage must reach 90 %
+test: host-test lint image ## check and test everything but what is long; branch coverage must reach 90 %
 	@rm -f .coverage .coverage.*
 	$(PYTEST) tests/unit tests/property
 	$(PYTEST) tests/integration tests/acceptance
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90
+
+test-quick: lint ## check, and run the unit and property tests: no machine, no image, under a minute
+	$(BIN)/pytest tests/unit tests/property
 
 test-all: host-test .venv/ready-to-test ## only what `test` leaves out because it is long
 	$(BIN)/pytest --long
@@ -54,13 +54,13 @@ test-all: host-test .venv/ready-to-test ## only what `test` leaves out because i
 bench: image .venv/ready-to-test ## measure what docs/performance.md promises
 	$(BIN)/python tests/benchmarks
 
-lint: host-test .venv/ready-to-test ## check style, types and import rules
+lint: host-lint .venv/ready-to-test ## check style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv/ready-to-test ## put the sources into shape
+format: host-lint .venv/ready-to-test ## put the sources into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -70,11 +70,17 @@ clean: ## remove .venv and all that was built or cached in this directory
 
 # Setting up -------------------------------------------------------------------------------------------------
 
+which-image:
+	@test -n "$$IMAGE" || { echo "kenaz: say which: make download-image IMAGE=name-or-URL [SHA256=digest]" >&2; exit 2; }
+
 host-session:
 	@.ci/setup session
 
 host-test:
 	@.ci/setup test
+
+host-lint:
+	@.ci/setup lint
 
 host-image-aarch64:
 	@.ci/setup image-aarch64
@@ -96,5 +102,5 @@ host-image-aarch64:
 	@$(PIP) --editable . --group test --group lint
 	@touch .venv/ready-to-run $@
 
-.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-all bench lint format clean \
-	host-session host-test host-image-aarch64
+.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench lint format clean \
+	which-image host-session host-test host-lint host-image-aarch64
