@@ -63,7 +63,9 @@ def test_everything_has_a_default() -> None:
 
 
 def test_a_default_is_never_shared() -> None:
-    load(HEAD).labels.__class__.__setitem__(load(HEAD).labels, "a", "b")  # type: ignore[attr-defined]
+    labels = load(HEAD).labels
+    assert isinstance(labels, dict)
+    labels["a"] = "b"
     assert load(HEAD).labels == {}
 
 
