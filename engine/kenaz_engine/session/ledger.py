@@ -134,7 +134,7 @@ class Ledger:
         """Gives back everything, newest first, until `deadline` (trio's clock).
 
         Each entry may take an equal share of the time left, at most its own bound. What something unreleased
-        still uses is kept. Returns what is left.
+        still uses is kept. Returns what is left, newest first: causes before what follows from them.
         """
         return await self._release_all(list(self.entries), deadline)
 
@@ -144,8 +144,8 @@ class Ledger:
             shield.cancel()
 
     def left(self) -> list[Left]:
-        """What is held now, as what could not be released."""
-        return [_left(entry) for entry in self.entries]
+        """What is held now, newest first, as what could not be released."""
+        return [_left(entry) for entry in reversed(self.entries)]
 
     @property
     def last(self) -> int:
@@ -172,7 +172,7 @@ class Ledger:
                     share = max(0.0, deadline - trio.current_time()) / count
                     await self._release(entry, min(share, entry.bound))
         await trio.lowlevel.checkpoint_if_cancelled()
-        return [_left(entry) for entry in entries if entry in self.entries]
+        return [_left(entry) for entry in reversed(entries) if entry in self.entries]
 
     async def _release(self, entry: Entry, seconds: float) -> None:
         """A hung release is given up after `seconds`; the entry then stays, and says why."""
