@@ -28,7 +28,9 @@ WITHIN = Vocabulary(
         "thing": Resource(
             "thing", raises=frozenset({"thing.lost", "thing.alarm"}), loses=frozenset({"thing.lost"})
         ),
-        "part": Resource("part", raises=frozenset({"part.lost"}), loses=frozenset({"part.lost"}), within="thing"),
+        "part": Resource(
+            "part", raises=frozenset({"part.lost"}), loses=frozenset({"part.lost"}), within="thing"
+        ),
         "crumb": Resource("crumb", raises=frozenset({"crumb.bye"}), within="part"),
     },
 )
@@ -120,7 +122,7 @@ def test_unhandled_event_leads_to_nothing(machine: Machine) -> None:
 
 def test_strict_lifecycle_raises_for_an_unhandled_event(lifecycle: Build) -> None:
     strict = Machine(replace(lifecycle(LOOP), strict=True), WITHIN)
-    with pytest.raises(UnexpectedEvent, match="'a'.*'zork'"):
+    with pytest.raises(UnexpectedEvent, match=r"'a'.*'zork'"):
         strict.decide(Snapshot("a"), Event("zork"))
     assert strict.decide(Snapshot("a"), Event("thing.alarm")).reason == "declared"
 
