@@ -47,11 +47,11 @@ def mermaid(lifecycle: Lifecycle) -> str:
         if facts := _facts(state):
             lines.append(f"    {ids[state.name]}: {_mermaid_text(', '.join(facts))}")
     if lifecycle.any:
-        lines.append('    state "any state" as any_')
+        lines.append('    state "any state" as ANY')
     for source, arrows in _all_arrows(lifecycle):
         for arrow in arrows:
             label = _mermaid_text(", ".join(arrow.labels)) + (f" ({arrow.tone})" if arrow.tone else "")
-            lines.append(f"    {ids.get(source, 'any_')} --> {ids[arrow.target]}: {label}")
+            lines.append(f"    {ids.get(source, 'ANY')} --> {ids[arrow.target]}: {label}")
     lines += [f"    {ids[state.name]} --> [*]" for state in lifecycle.states.values() if state.final]
     lines += [
         "    classDef goal stroke-width:3px",
@@ -185,7 +185,8 @@ def _duration(seconds: float) -> str:
 
 
 def _mermaid_id(name: str, number: int) -> str:
-    return name if _SAFE.fullmatch(name) and name not in _MERMAID_WORDS else f"s{number}_"
+    """The name where Mermaid can take it. No name of a state has capitals: the others cannot meet it."""
+    return name if _SAFE.fullmatch(name) and name not in _MERMAID_WORDS else f"S{number}"
 
 
 def _mermaid_text(words: str) -> str:

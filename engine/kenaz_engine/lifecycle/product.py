@@ -253,7 +253,8 @@ def _own_events(state: State) -> tuple[str, ...]:
     if state.final:
         return ()
     return (
-        *(("done", "error") if state.invoke else ()),
+        "done",
+        "error",
         *(("timeout",) if state.timeout is not None else ()),
         *(("idle",) if state.idle is not None else ()),
         *REQUESTS,

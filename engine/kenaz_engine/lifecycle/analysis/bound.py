@@ -39,7 +39,7 @@ def bound_of(product: Product, states: Mapping[str, State]) -> AbortBound:
             continue
         aborts = [edge for edge in edges if edge.event == "abort"]
         for edge in aborts:
-            seconds = _cleanup(state) + longest[edge.target].seconds
+            seconds = state.cleanup + longest[edge.target].seconds
             if seconds > worst.seconds:
                 worst = AbortBound(seconds, tuple(_steps(node, edge, longest)))
         if not aborts and longest[node].seconds > worst.seconds:
@@ -58,7 +58,7 @@ class _Longest:
 def _longest_from(node: Node, state: State, product: Product, longest: Mapping[Node, _Longest]) -> _Longest:
     if state.final:
         return _Longest(SWEEP, None)
-    stay = (math.inf if state.timeout is None else state.timeout) + _cleanup(state)
+    stay = (math.inf if state.timeout is None else state.timeout) + state.cleanup
     best = _Longest(-1.0, None)
     for edge in product.edges[node]:
         # A target without a value yet lies on a cycle: that may never end.
@@ -67,10 +67,6 @@ def _longest_from(node: Node, state: State, product: Product, longest: Mapping[N
         if seconds > best.seconds:
             best = _Longest(seconds, edge)
     return best if best.edge else _Longest(math.inf, None)
-
-
-def _cleanup(state: State) -> float:
-    return state.cleanup if state.invoke else 0.0
 
 
 def _steps(node: Node, edge: Edge | None, longest: Mapping[Node, _Longest]) -> Iterator[Step]:

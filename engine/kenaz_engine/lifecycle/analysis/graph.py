@@ -31,7 +31,7 @@ class Graph:
         # What follows says that something never happens: only a whole graph can tell.
         if not self._product.complete:
             yield Finding(
-                "KL033",
+                "KL030",
                 "",
                 "",
                 0,
@@ -70,7 +70,7 @@ class Graph:
                 if event in OF_A_STATE or event in state.ignore or self._lifecycle.arms(state, event):
                     continue
                 yield Finding(
-                    "KL017",
+                    "KL016",
                     name,
                     event,
                     state.line,
@@ -93,7 +93,7 @@ class Graph:
             activity = self._text.activities[target].name
             message = f"`{target}` runs {activity}, but {_listed(unmet(target, held))}"
             mend = "first pass, on `done`, through what acquires it"
-            return Finding("KL020", state, event, line, message, mend, path)
+            return Finding("KL018", state, event, line, message, mend, path)
 
         first = self._states[self._lifecycle.initial]
         nothing: Held = (NO,) * len(self._product.resources)
@@ -111,7 +111,7 @@ class Graph:
         for node, edge, arm, path in self._firsts(leaks):
             held = [name for name, h in zip(self._product.resources, edge.before, strict=True) if h != NO]
             yield Finding(
-                "KL021",
+                "KL019",
                 node.state,
                 edge.event,
                 arm.line,
@@ -128,7 +128,7 @@ class Graph:
         for node, edge, arm, path in self._firsts(contradicts):
             failed = edge.target.failed
             yield Finding(
-                "KL031",
+                "KL029",
                 node.state,
                 edge.event,
                 arm.line,
@@ -160,7 +160,7 @@ class Graph:
             onward = self._product.onward(edge.target, is_unmerited)
             assert onward is not None
             yield Finding(
-                "KL030",
+                "KL028",
                 node.state,
                 edge.event,
                 arm.line,
@@ -188,7 +188,7 @@ class Graph:
             last = cycle[-1]
             if entry in ending or not self._product.complete:
                 yield Finding(
-                    "KL024",
+                    "KL022",
                     last.state,
                     last.event,
                     last.line,
@@ -250,7 +250,7 @@ class Graph:
                 if (owner, event, index) in taken or hidden_by(arms, index) is not None:
                     continue
                 yield Finding(
-                    "KL026",
+                    "KL024",
                     owner,
                     event,
                     arm.line,
@@ -279,7 +279,7 @@ class Graph:
 
     def _cannot_arise(self, owner: str, event: str, line: int) -> Finding:
         where = f"in `{owner}`" if owner else "in any state that leaves it to `any`"
-        return Finding("KL016", owner, event, line, f"`{event}` cannot arise {where}", "remove it")
+        return Finding("KL015", owner, event, line, f"`{event}` cannot arise {where}", "remove it")
 
 
 def _described(resource: str, held: int) -> str:

@@ -27,8 +27,10 @@ class Text:
         self.activities: dict[str, Activity] = {}
         self.misspelt: dict[str, str | None] = {}
         for state in lifecycle.states.values():
+            if state.final:
+                continue
             name = state.invoke
-            if name and name not in vocabulary.activities:
+            if name not in vocabulary.activities:
                 nearest = _nearest(name, vocabulary.activities)
                 self.misspelt[state.name] = name = nearest or ""
             if name:
@@ -46,20 +48,11 @@ class Text:
             for event, arms in state.on.items():
                 yield from self._list(state.name, event, arms)
         for event, arms in self.lifecycle.any.items():
-            if event in OF_A_STATE:
-                yield Finding(
-                    "KL032",
-                    "",
-                    event,
-                    arms[0].line,
-                    f"`{event}` belongs to one state and cannot be handled for all of them",
-                    "say in each state where it leads",
-                )
             yield from self._list("", event, arms)
         finals = [state for state in self.lifecycle.states.values() if state.final == "success"]
         if finals and not any(state.goal for state in self.lifecycle.states.values()):
             yield Finding(
-                "KL029",
+                "KL027",
                 finals[0].name,
                 "",
                 finals[0].line,
@@ -74,14 +67,12 @@ class Text:
         if state.name in self.misspelt:
             nearest = self.misspelt[state.name]
             known = ", ".join(sorted(self.vocabulary.activities))
-            mend = f"did you mean `{nearest}`?" if nearest else f"known are {known}"
-            yield finding("KL014", "", f"there is no activity `{state.invoke}`", mend)
-        if state.timeout is None and state.idle is None:
-            yield finding("KL012", "", "the state can last for ever", "give it a `timeout`")
+            mend = f"did you mean `{nearest}`?" if nearest else f"known: {known}"
+            yield finding("KL013", "", f"there is no activity `{state.invoke}`", mend)
         for event in _due(state):
-            if event not in state.on and event not in state.ignore:
+            if event not in state.on:
                 message = f"nothing says what follows on `{event}`"
-                yield replace(finding("KL013", event, message, f"add `{event}` under `on`"), under="")
+                yield replace(finding("KL012", event, message, f"add `{event}` under `on`"), under="")
         for event in sorted(state.ignore):
             if (found := self._ignored(state, event)) is not None:
                 yield replace(found, under="ignore")
@@ -89,14 +80,11 @@ class Text:
             yield from self._release(state, finding)
 
     def _ignored(self, state: State, event: str) -> Finding | None:
-        if event in OF_A_STATE:
-            message = f"`{event}` cannot be ignored"
-            return Finding("KL018", state.name, event, state.line, message, "say under `on` where it leads")
         if not self.knows(event):
             return self._unknown(state.name, event, state.line)
         if state.name in self.to_goal:
             message = f"`{event}` is ignored although the session can still reach its goal"
-            return Finding("KL019", state.name, event, state.line, message, "handle it under `on`")
+            return Finding("KL017", state.name, event, state.line, message, "handle it under `on`")
         return None
 
     def _release(self, state: State, finding: Callable[..., Finding]) -> Iterator[Finding]:
@@ -104,7 +92,7 @@ class Text:
             for arm in state.on.get(event, ()):
                 if self.lifecycle.states[arm.target].final != "failure":
                     yield finding(
-                        "KL022",
+                        "KL020",
                         event,
                         f"something was not released, and yet `{arm.target}` follows",
                         "lead it to a state with `final: failure`",
@@ -112,7 +100,7 @@ class Text:
                     )
         if "abort" not in state.ignore and (arms := self.lifecycle.arms(state, "abort")):
             yield finding(
-                "KL023",
+                "KL021",
                 "abort",
                 "an abort would cut the release short",
                 "add `abort` to the state's `ignore`",
@@ -129,7 +117,7 @@ class Text:
             yield self._unknown(owner, event, arms[0].line)
         if arms[-1].when is not None:
             yield finding(
-                "KL027",
+                "KL025",
                 arms[-1].line,
                 f"nothing follows on `{event}` when no guard holds",
                 "end the list with a transition without `when`",
@@ -137,14 +125,14 @@ class Text:
         for index, arm in enumerate(arms):
             if (above := hidden_by(arms, index)) is not None:
                 yield finding(
-                    "KL025",
+                    "KL023",
                     arm.line,
                     f"the transition to `{arm.target}` is never taken: {above} comes first",
                     "remove it, or move it up",
                 )
             if not arm.fail and not arm.warn and self._must_tell(owner, event):
                 yield finding(
-                    "KL028",
+                    "KL026",
                     arm.line,
                     f"`{event}` leads to `{arm.target}` and nobody is told",
                     "add `fail: text` where it spoils the session, `warn: text` where it does not",
@@ -169,8 +157,8 @@ class Text:
     def _unknown(self, owner: str, event: str, line: int) -> Finding:
         known = {*OF_A_STATE, *REQUESTS, *self.raised}
         nearest = _nearest(event, known)
-        mend = f"did you mean `{nearest}`?" if nearest else f"known are {', '.join(sorted(known))}"
-        return Finding("KL015", owner, event, line, f"there is no event `{event}`", mend)
+        mend = f"did you mean `{nearest}`?" if nearest else f"known: {', '.join(sorted(known))}"
+        return Finding("KL014", owner, event, line, f"there is no event `{event}`", mend)
 
     def _leading_to_a_goal(self) -> frozenset[str]:
         """The goals, and the states from which some transitions lead to one."""
@@ -193,8 +181,7 @@ class Text:
 
 def _due(state: State) -> Iterator[str]:
     """The outcomes and timers that a state must handle."""
-    if state.invoke:
-        yield from ("done", "error")
+    yield from ("done", "error")
     if state.timeout is not None:
         yield "timeout"
     if state.idle is not None:
