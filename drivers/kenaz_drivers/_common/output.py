@@ -23,8 +23,8 @@ class LogTail:
         self._rest = rest[-4 * self._width :]
 
     def _clean(self, line: bytes) -> tuple[str, ...]:
-        text = line.decode("utf-8", "replace").strip()
-        printable = "".join(char if char.isprintable() else " " for char in text)
+        text = line.decode("utf-8", "replace")
+        printable = "".join(char if char.isprintable() else " " for char in text).strip()
         return (printable[-self._width :],) if printable else ()
 
     def lines(self) -> tuple[str, ...]:

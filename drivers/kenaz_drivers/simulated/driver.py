@@ -110,9 +110,13 @@ _machines: dict[int, SimulatedMachine] = {}
 _numbers = itertools.count(1)
 
 
-def read_environment(text: str) -> dict[str, str]:
-    """The variables of an environment file: `NAME=value` lines, values quoted as a shell would."""
-    pairs = (line.partition("=") for line in text.splitlines() if "=" in line and not line.startswith("#"))
+def _read_environment(path: str) -> dict[str, str]:
+    """The variables of an environment file: `NAME=value` lines, values quoted as a shell would.
+
+    Read in one go: under virtual time a thread's work would take until the next deadline.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
     return {name.strip(): "".join(shlex.split(value)) for name, _, value in pairs}
 
 
@@ -185,7 +189,7 @@ class SimulatedMachine:
             self._end(Exit(False, f"the scripted guest could not dial: {error.strerror}", 1))
 
     async def _converse(self, stream: trio.abc.Stream, scope: trio.CancelScope) -> None:
-        variables = read_environment(await trio.Path(self._data["environment"]).read_text(encoding="utf-8"))
+        variables = _read_environment(self._data["environment"])
         hello = {
             "kind": "hello",
             "protocol": 1,

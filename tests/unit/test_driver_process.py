@@ -1,0 +1,337 @@
+"""Children: the guard, waiting, ending, and ending by handle. With real, tiny processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from kenaz_drivers._common import guard
+from kenaz_drivers._common import process as module
+from kenaz_drivers._common.process import (
+    GUARD,
+    boot_id,
+    capture,
+    identify,
+    is_alive,
+    spawn,
+    terminate,
+)
+from kenaz_drivers.contract import DriverError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+SLEEP = ("sleep", "600")
+
+
+async def exec_done(child, name="sleep"):
+    """Returns when the guard has become the program."""
+    with trio.fail_after(5):
+        while Path(f"/proc/{child.pid}/comm").read_text().strip() != name:
+            await trio.sleep(0.005)
+
+
+async def test_the_exit_code_is_that_of_the_program():
+    child = spawn(["sh", "-c", "exit 7"])
+    assert await child.wait() == 7
+    assert await child.wait() == 7
+    child.send_signal(signal.SIGTERM)
+    child.kill_group()
+
+
+async def test_several_tasks_may_wait():
+    child = spawn(["true"])
+    codes = []
+
+    async def wait():
+        codes.append(await child.wait())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        nursery.start_soon(wait)
+    assert codes == [0, 0]
+
+
+async def test_the_program_is_a_group_leader_without_a_terminal_and_with_clean_signals():
+    child = spawn(SLEEP)
+    try:
+        await exec_done(child)
+        assert os.getpgid(child.pid) == os.getsid(child.pid) == child.pid
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        ignored = int(status.split("SigIgn:")[1].split()[0], 16)
+        assert not ignored & (1 << (signal.SIGPIPE - 1))
+    finally:
+        assert await child.end() == -signal.SIGKILL
+    assert not is_alive(child.handle)
+
+
+async def test_descriptors_get_the_numbers_asked_for_even_crosswise():
+    left, right = socket.socketpair()
+    with left, right:
+        a, b = left.fileno(), right.fileno()
+        script = "readlink /proc/self/fd/{}"
+        for theirs, ours in {a: b, b: a}.items():
+            stream, out = module.open_pipe()
+            child = spawn(["sh", "-c", script.format(theirs)], descriptors={a: b, b: a}, stdout=out)
+            os.close(out)
+            async with stream:
+                said = b"".join([data async for data in stream]).decode().strip()
+            await child.wait()
+            assert said == os.readlink(f"/proc/self/fd/{ours}")
+
+
+async def test_other_descriptors_and_the_sources_are_closed():
+    left, right = socket.socketpair()
+    with left, right:
+        captured_fd = left.fileno()
+        stream, out = module.open_pipe()
+        child = spawn(["ls", "/proc/self/fd"], descriptors={9: captured_fd}, stdout=out)
+        os.close(out)
+        async with stream:
+            said = b"".join([data async for data in stream]).split()
+        await child.wait()
+    assert set(said) == {b"0", b"1", b"2", b"9", b"3"}  # 3 is the directory that ls reads
+
+
+async def test_limits_and_the_bar_on_privileges_reach_the_program():
+    stream, out = module.open_pipe()
+    script = "ulimit -c; ulimit -d; grep NoNewPrivs /proc/self/status"
+    child = spawn(
+        ["sh", "-c", script], stdout=out, limits={"core": 0, "data": 1 << 30}, no_new_privileges=True
+    )
+    os.close(out)
+    async with stream:
+        said = b"".join([data async for data in stream]).split()
+    assert await child.wait() == 0
+    assert said == [b"0", b"1048576", b"NoNewPrivs:", b"1"]
+
+
+async def test_a_program_that_does_not_exist_is_code_127_with_a_reason():
+    captured = await capture(["/no/such/program"], deadline=5)
+    assert captured.code == guard.NOT_STARTED
+    assert captured.text == "cannot start /no/such/program: No such file or directory\n"
+
+
+async def test_a_child_whose_parent_is_gone_does_not_start():
+    done = await trio.run_process(
+        [sys.executable, "-I", "-S", "-E", str(GUARD), "--parent", "1", "--", "true"],
+        check=False,
+        capture_stderr=True,
+    )
+    assert done.returncode == guard.FAILED
+    assert done.stderr == b"guard: [Errno 3] the launcher is gone\n" or b"the launcher is gone" in done.stderr
+
+
+async def test_a_bad_descriptor_stops_the_guard():
+    argv = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-E",
+        str(GUARD),
+        "--parent",
+        str(os.getpid()),
+        "--dup=99:3",
+        "--",
+        "true",
+    ]
+    # Started from this very thread: the guard wants this process for a parent, and trio's are its children too.
+    with subprocess.Popen(argv, stderr=subprocess.PIPE) as popen:
+        assert popen.communicate()[1] == b"guard: [Errno 9] Bad file descriptor\n"
+    assert popen.returncode == guard.FAILED
+
+
+async def test_the_whole_group_ends_with_its_leader(tmp_path):
+    pid_file = tmp_path / "pid"
+    child = spawn(["sh", "-c", f"sleep 600 & echo $! > {pid_file}; exit 3"])
+    assert await child.wait() == 3
+    grandchild = int(pid_file.read_text())
+    with trio.fail_after(3):
+        while Path(f"/proc/{grandchild}").exists() and is_alive(identify(grandchild)):
+            await trio.sleep(0.01)
+
+
+async def test_end_asks_first_and_kills_then():
+    polite = spawn(SLEEP)
+    await exec_done(polite)
+    assert await polite.end((signal.SIGTERM, 5)) == -signal.SIGTERM
+
+    stubborn = spawn(["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
+    await exec_done(stubborn, "sh")
+    await trio.sleep(0.1)
+    assert await stubborn.end((signal.SIGTERM, 0.1)) == -signal.SIGKILL
+
+
+async def test_end_takes_its_time_even_when_cancelled():
+    child = spawn(SLEEP)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await child.end()
+    assert not is_alive(child.handle)
+
+
+async def test_a_process_that_does_not_die_is_an_error():
+    child = spawn(SLEEP)
+    await exec_done(child)
+    real = child.kill_group
+    child.kill_group = lambda: None
+    try:
+        with pytest.raises(DriverError, match="does not die"):
+            await child.end(limit=0.05)
+    finally:
+        child.kill_group = real
+        await child.end()
+
+
+async def test_a_command_that_cannot_be_made_is_an_error():
+    with pytest.raises(DriverError, match="cannot start"):
+        spawn(["tr\0ue"])
+
+
+async def test_without_pidfds_a_thread_waits(monkeypatch):
+    def none(pid):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", none)
+    child = spawn(SLEEP)
+    await exec_done(child)
+    with trio.move_on_after(0.05) as scope:
+        await child.wait()
+    assert scope.cancelled_caught
+    assert await child.end((signal.SIGTERM, 5)) == -signal.SIGTERM
+
+
+async def test_terminate_ends_the_group_of_a_handle_stopped_or_not(tmp_path):
+    pid_file = tmp_path / "pid"
+    child = spawn(["sh", "-c", f"sleep 600 & echo $! > {pid_file}; wait"])
+    with trio.fail_after(5):
+        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
+            await trio.sleep(0.01)
+    grandchild = identify(int(pid_file.read_text()))
+    os.kill(child.pid, signal.SIGSTOP)
+    await terminate(child.handle)
+    assert not is_alive(child.handle)
+    with trio.fail_after(3):
+        while is_alive(grandchild):
+            await trio.sleep(0.01)
+    await terminate(child.handle)  # a zombie
+    assert await child.wait() == -signal.SIGKILL
+    await terminate(child.handle)  # gone
+
+
+async def test_terminate_leaves_others_groups_alone():
+    member = subprocess.Popen(["sleep", "600"])
+    try:
+        await terminate(identify(member.pid))
+        assert member.wait(5) == -signal.SIGKILL
+    finally:
+        member.kill()
+        member.wait()
+
+
+@pytest.mark.parametrize("wrong", [{"start_time": "1"}, {"boot_id": "another"}])
+async def test_a_reused_number_is_never_touched(wrong):
+    child = spawn(SLEEP)
+    try:
+        await terminate({**child.handle, **wrong})
+        await trio.sleep(0.05)
+        assert is_alive(child.handle)
+    finally:
+        await child.end()
+
+
+async def test_a_process_of_another_user_is_an_error(monkeypatch):
+    child = spawn(SLEEP)
+
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "pidfd_send_signal", refuse)
+            with pytest.raises(DriverError, match="belongs to another user"):
+                await terminate(child.handle)
+    finally:
+        await child.end()
+
+
+async def test_terminate_gives_up_after_its_deadline(monkeypatch):
+    child = spawn(SLEEP)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "pidfd_send_signal", lambda *args: None)
+            patch.setattr(os, "killpg", lambda *args: None)
+            with pytest.raises(DriverError, match="does not die"):
+                await terminate(child.handle, deadline=0.05)
+    finally:
+        await child.end()
+
+
+async def test_capture_keeps_the_beginning_and_ends_what_takes_too_long():
+    assert (await capture(["sh", "-c", "echo out; echo err >&2; exit 2"], deadline=5)).code == 2
+    assert (await capture(["sh", "-c", "echo abcdef"], deadline=5, limit=3)).text == "abc"
+    started = time.monotonic()
+    captured = await capture(["sh", "-c", "echo a; sleep 600"], deadline=0.3)
+    assert (captured.code, captured.text) == (None, "a\n")
+    assert time.monotonic() - started < 3
+
+
+def test_names_with_spaces_and_parentheses_do_not_confuse(tmp_path):
+    program = tmp_path / "a) R 1 (b"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(program), "600"]) as popen:
+        assert is_alive(identify(popen.pid))
+        popen.kill()
+        popen.wait()
+        assert not is_alive({"pid": popen.pid, "start_time": "", "boot_id": boot_id()})
+
+
+def test_a_platform_without_boot_ids_has_an_empty_one(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert boot_id() == ""
+    assert identify(1)["start_time"] == ""
+
+
+def test_guard_takes_its_own_options_only_before_the_dashes():
+    options, argv = guard.parse(["--parent", "5", "--dup=7:3", "--limit=core:0", "--", "x", "--", "--parent"])
+    assert (options.parent, options.dup, options.limit) == (5, [(7, 3)], [("core", 0)])
+    assert argv == ["x", "--", "--parent"]
+
+
+def test_guard_in_this_process(monkeypatch, capsys):
+    """The same code once more where coverage can see it, with nothing irreversible in it."""
+    started = []
+    monkeypatch.setattr(os, "execvp", lambda name, argv: started.append(argv))
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    left, right = os.pipe()
+    try:
+        spare = os.dup(left)
+        arguments = ["--parent", str(os.getppid()), f"--dup={left}:{spare}", "--limit=core:0", "--", "x"]
+        import ctypes
+
+        class Libc:
+            def prctl(self, option, *values):
+                return 0
+
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: Libc())
+        import resource
+
+        monkeypatch.setattr(resource, "setrlimit", lambda *args: None)
+        guard.main(arguments)
+        assert started == [["x"]]
+        assert os.path.sameopenfile(spare, left)
+
+        monkeypatch.setattr(Libc, "prctl", lambda *args: -1)
+        assert guard.main(arguments) == guard.FAILED
+        assert "prctl(1)" in capsys.readouterr().err
+    finally:
+        for number in (left, right, spare):
+            os.close(number)

@@ -1,0 +1,122 @@
+"""The command lines of QEMU, to the letter: one golden file each."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kenaz_drivers.contract import Capabilities, Disk, DriverError, LaunchRequest
+from kenaz_drivers.qemu.argv import Facts, build
+
+GOLDEN = Path(__file__).parent / "golden"
+
+FACTS = {
+    "x86_64": Facts("/usr/bin/qemu-system-x86_64", "7.2", ("microvm", "q35"), ("kvm", "tcg"), True),
+    "aarch64": Facts("/usr/bin/qemu-system-aarch64", "7.2", ("virt",), ("hvf", "tcg"), False),
+}
+
+DISKS = (
+    Disk("root", "/state/root.qcow2", "qcow2"),
+    Disk("config", "/state/config.iso", "raw", readonly=True),
+    Disk("workbench", "/cache/blobs/ab", "raw", readonly=True),
+)
+
+
+def request_for(arch="x86_64", accel="tcg", **changes):
+    capabilities = Capabilities(usable=True, reasons=(), arch=arch, accelerator=accel)
+    request = LaunchRequest(
+        session="hello",
+        directory="/state",
+        runtime="/run/k",
+        cpus=2,
+        memory=256 << 20,
+        transport="virtio-serial",
+        channel="/run/k/channel",
+        port=7881,
+        capabilities=capabilities,
+        kernel="/cache/vmlinuz",
+        initrd="/cache/initrd",
+        cmdline="console=ttyS0 quiet",
+        disks=DISKS,
+    )
+    return replace(request, **changes)
+
+
+CASES = {
+    "microvm-tcg-serial": request_for(),
+    "microvm-kvm-vsock": request_for(accel="kvm", transport="vsock", channel="", cid=42),
+    "microvm-nat": request_for(network="nat"),
+    "q35-tcg-serial": request_for(options={"machine": "q35"}),
+    "q35-kvm-vsock-disk": request_for(
+        accel="kvm", transport="vsock", cid=42, kernel="", initrd="", cmdline=""
+    ),
+    "q35-nat": request_for(options={"machine": "q35"}, network="nat"),
+    "virt-hvf-serial": request_for("aarch64", "hvf"),
+    "virt-tcg-vsock": request_for("aarch64", transport="vsock", cid=7, initrd="", cmdline="", disks=()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_command_line_is_the_golden_one(name):
+    request = CASES[name]
+    command = build(request, FACTS[request.capabilities.arch])
+    lines = [*command.argv, "--", *(f"{number}={use}" for number, use in command.descriptors.items())]
+    text = "\n".join([*lines, *(f"note: {note}" for note in command.notes)]) + "\n"
+    golden = GOLDEN / f"qemu-{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel": "/a\0b"}, "NUL"),
+        ({"cmdline": "a\0b"}, "NUL"),
+        ({"display": "gtk"}, "display"),
+        ({"network": "bridge"}, "network"),
+        ({"disks": (Disk("root", "/d", "directory"),)}, "directory"),
+        ({"disks": (Disk("swap", "/d", "raw"),)}, "swap"),
+        ({"channel": ""}, "0 bytes"),
+        ({"channel": "/" + "ä" * 54}, "109 bytes"),
+        ({"transport": "unix"}, "unix"),
+        ({"transport": "vsock", "cid": None}, "vsock"),
+        ({"options": {"machine": "virt"}}, "no machine 'virt'"),
+        ({"options": {"machine": "microvm"}, "kernel": ""}, "microvm boots no disk"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(changes, message):
+    with pytest.raises(DriverError, match=message):
+        build(request_for(**changes), FACTS["x86_64"])
+
+
+def test_an_explicit_machine_that_is_missing_names_the_others():
+    with pytest.raises(DriverError) as caught:
+        build(request_for(options={"machine": "virt"}), FACTS["x86_64"])
+    assert "microvm or q35" in caught.value.hint
+
+
+@pytest.mark.parametrize("machines", [(), ("microvm",)])
+def test_a_qemu_without_a_machine_for_the_image_is_refused(machines):
+    with pytest.raises(DriverError, match="no machine"):
+        build(request_for(kernel=""), replace(FACTS["x86_64"], machines=machines))
+
+
+def test_commas_in_paths_are_doubled_where_qemu_splits_and_only_there():
+    argv = build(request_for(channel="/r,un/c", kernel="/k,1"), FACTS["x86_64"]).argv
+    assert "socket,id=channel,path=/r,,un/c" in argv
+    assert "/k,1" in argv
+
+
+def test_memory_is_rounded_up_to_whole_mebibytes():
+    argv = build(request_for(memory=(64 << 20) + 1), FACTS["x86_64"]).argv
+    assert argv[argv.index("-m") + 1] == "65M"
+
+
+def test_facts_survive_json():
+    facts = FACTS["x86_64"]
+    data = {"binary": facts.binary, "version": "7.2", "machines": ["microvm", "q35"]}
+    assert Facts.from_json({**data, "accelerators": ["kvm", "tcg"], "sandbox": True}) == facts
+    with pytest.raises(LookupError):
+        Facts.from_json({"binary": "/q"})
