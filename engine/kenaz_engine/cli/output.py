@@ -60,7 +60,7 @@ def ago(seconds: float) -> str:
     """A time span in its two largest units, as tables show it: `42s`, `3m10s`, `5h2m`, `12d3h`."""
     rest = max(0, int(seconds))
     units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-    parts = []
+    parts: list[str] = []
     for unit, size in units:
         count, rest = divmod(rest, size)
         if count or parts:
