@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     long = config.getoption("--long")
 
     def wanted(item: pytest.Item) -> bool:
+        if not all(marker.args[0] for marker in item.iter_markers("only_where")):
+            return False
         slow = item.get_closest_marker("slow") is not None
         return slow or properties in item.path.parents if long else not slow
 
