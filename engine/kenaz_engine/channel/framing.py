@@ -1,0 +1,119 @@
+"""Cuts a byte stream into frames, without IO. Wire: docs/reference/vsock-protocol.md, rules F1 to F5."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+DEFAULT_LIMIT = 4 * 1024 * 1024
+"""Most bytes of one payload, unless the session's spec says otherwise."""
+
+HEADER = 4
+
+
+class FramingError(Exception):
+    """The bytes are not frames. `code` is `frame_too_large`, `frame_empty` or `frame_cut`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Framing(Protocol):
+    """One direction's decoder and the other's encoder."""
+
+    @property
+    def pending(self) -> int:
+        """Bytes held back until their frame is complete."""
+        ...
+
+    @property
+    def error(self) -> FramingError | None:
+        """What is wrong after the frames that were returned so far. No frame follows it."""
+        ...
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads that `data` completes, in order."""
+        ...
+
+    def close(self) -> None:
+        """The stream has ended. Raises FramingError when it did so within a frame or after an error."""
+        ...
+
+    def encode(self, payload: bytes) -> bytes:
+        """The payload as a frame. Raises FramingError when it does not fit in one."""
+        ...
+
+
+class LengthPrefixed:
+    """4 bytes of length, big-endian and unsigned, then that many bytes; 1 to `limit` of them.
+
+    Holds at most one frame that is not complete: `limit` and its header, beside what `feed` was given. A
+    length that is not allowed is found as soon as its four bytes are there, before anything of its payload
+    is kept.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._wanted = HEADER  # bytes in the buffer with which something new is known
+        self._error: FramingError | None = None
+
+    @property
+    def pending(self) -> int:
+        """Bytes held back until their frame is complete."""
+        return len(self._buffer)
+
+    @property
+    def error(self) -> FramingError | None:
+        """What is wrong after the frames that were returned so far. No frame follows it."""
+        return self._error
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads that `data` completes, in order. After an error, bytes are dropped."""
+        if self._error is not None:
+            return []
+        buffer = self._buffer
+        buffer += data
+        if len(buffer) < self._wanted:
+            return []
+        payloads: list[bytes] = []
+        start = 0
+        with memoryview(buffer) as view:
+            while True:
+                self._wanted = HEADER
+                body = start + HEADER
+                if len(view) < body:
+                    break
+                length = int.from_bytes(view[start:body], "big")
+                if not 0 < length <= self._limit:
+                    self._error = self._refusal(length)
+                    break
+                end = body + length
+                if len(view) < end:
+                    self._wanted = HEADER + length
+                    break
+                payloads.append(bytes(view[body:end]))
+                start = end
+        if self._error is not None:
+            buffer.clear()
+        else:
+            del buffer[:start]
+        return payloads
+
+    def close(self) -> None:
+        """The stream has ended. Raises FramingError when it did so within a frame or after an error."""
+        if self._error is not None:
+            raise self._error
+        if self._buffer:
+            raise FramingError("frame_cut", f"the stream ended {len(self._buffer)} bytes into a frame")
+
+    def encode(self, payload: bytes) -> bytes:
+        """The payload as a frame. Raises FramingError when it does not fit in one."""
+        if not 0 < len(payload) <= self._limit:
+            raise self._refusal(len(payload))
+        return len(payload).to_bytes(HEADER, "big") + payload
+
+    def _refusal(self, length: int) -> FramingError:
+        if length == 0:
+            return FramingError("frame_empty", "a frame of length 0")
+        return FramingError("frame_too_large", f"a frame of {length} bytes; the limit is {self._limit}")

@@ -1,0 +1,525 @@
+"""The launcher's half of the conversation with a guest, without IO.
+
+Theory of operation. One `GuestProtocol` sees every payload of a connection, from either side, and answers
+with values that say what to do; it never waits and never fails. `_NEXT` has all transitions: what is not in
+it cannot happen. Payloads that only pass through are checked and then handed on as they came, byte for byte.
+Of each request it remembers the id until its one terminal message has passed; the asker chose the id, so
+each side has ids of its own. A guest that breaks a rule costs one `Violation` and is not listened to any
+more.
+
+Wire: docs/reference/vsock-protocol.md; the letters in brackets below are its rules.
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kenaz_engine.channel import strict_json
+from kenaz_engine.channel.framing import DEFAULT_LIMIT
+from kenaz_engine.channel.policy import ToolPolicy
+
+VERSION = 1
+
+Side = Literal["guest", "harness"]
+_OTHER: Mapping[Side, Side] = {"guest": "harness", "harness": "guest"}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`frame`: bytes of a payload. `invocations`: open requests of each side. `handshake`: seconds from the
+    guest's first byte to its whole hello. `queue`: bytes that may wait for a slow reader before its sender
+    waits too. `write`: seconds after which a peer that reads nothing counts as lost."""
+
+    frame: int = DEFAULT_LIMIT
+    invocations: int = 64
+    handshake: float = 10.0
+    queue: int = 1024 * 1024
+    write: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the guest must prove, and what it is granted."""
+
+    session: str
+    token: str = field(repr=False)
+    tools: ToolPolicy
+    limits: Limits = Limits()
+    capabilities: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What the guest said of itself. `capabilities` are those granted, sorted. `clock` holds seconds on the
+    guest's CLOCK_BOOTTIME: when its `init`, its `agent` and this `hello` began; empty where it did not
+    say."""
+
+    agent: str
+    build: str
+    capabilities: tuple[str, ...]
+    clock: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ToGuest:
+    """This payload is for the guest."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ToHarness:
+    """This payload is for the harness."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One message as the journal may know it: no text, no arguments, no results, no token.
+
+    `direction` is `from-guest`, `to-guest`, `from-harness` or `to-harness`; the last two `to-` only for
+    messages that the launcher made itself. `name` is the tool's. `size` is the payload's, in bytes.
+    `outcome`: `relayed`, `sent`, `taken` (meant for the launcher), `late` (dropped, its request is over), or
+    the code of the refusal or violation.
+    """
+
+    direction: str
+    kind: str
+    id: str
+    name: str
+    size: int
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The guest has proved itself."""
+
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The guest has not; the channel is closed."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The guest has taken its leave; the channel is closed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessEnded:
+    """The harness wants the session to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """`side` broke the protocol. A guest that did so is not listened to any more."""
+
+    side: Side
+    code: str
+    message: str
+
+
+Action = ToGuest | ToHarness | Report | Opened | Refused | Bye | HarnessEnded | Violation
+
+
+class State(enum.Enum):
+    """Where the conversation stands."""
+
+    HELLO = "hello"
+    OPEN = "open"
+    DRAINING = "draining"
+    CLOSED = "closed"
+
+
+_NEXT: Mapping[State, Mapping[str, State]] = {
+    State.HELLO: {"hello accepted": State.OPEN, "refused": State.CLOSED, "lost": State.CLOSED},
+    State.OPEN: {
+        "drain": State.DRAINING,
+        "bye": State.CLOSED,
+        "violation": State.CLOSED,
+        "lost": State.CLOSED,
+    },
+    State.DRAINING: {"bye": State.CLOSED, "violation": State.CLOSED, "lost": State.CLOSED},
+    State.CLOSED: {},
+}
+
+
+def diagram() -> str:
+    """The states as Mermaid text; the reference carries it."""
+    lines = ["stateDiagram-v2", f"    [*] --> {State.HELLO.value}"]
+    for state, arms in _NEXT.items():
+        lines += [f"    {state.value} --> {target.value}: {event}" for event, target in arms.items()]
+    return "\n".join([*lines, f"    {State.CLOSED.value} --> [*]"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a member must be."""
+
+    text: str
+    fits: Callable[[Any], bool]
+
+
+def _match(pattern: str) -> Callable[[Any], bool]:
+    full = re.compile(pattern).fullmatch
+    return lambda value: isinstance(value, str) and full(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 <= value <= 2**53
+        and math.isfinite(value)
+    )
+
+
+_CAPABILITY = _match(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+_KIND = _match(r"[a-z0-9][a-z0-9._-]{0,63}")
+_ID = _Shape("1 to 128 letters, digits, . _ : -", _match(r"[A-Za-z0-9._:-]{1,128}"))
+_TOOL = _Shape("1 to 128 letters, digits, . _ : / -", _match(r"[A-Za-z0-9._:/-]{1,128}"))
+_CODE = _Shape("a word of 1 to 64 of a-z 0-9 . _ -", _match(r"[a-z0-9][a-z0-9._-]{0,63}"))
+_LABEL = _Shape("at most 128 printable ASCII characters", _match(r"[ -~]{0,128}"))
+_TEXT = _Shape("a string", lambda value: isinstance(value, str))
+_OBJECT = _Shape("an object", lambda value: isinstance(value, dict))
+_ANY = _Shape("any value", lambda value: True)
+_CAPABILITIES = _Shape(
+    "a list of at most 64 words of 1 to 64 of a-z 0-9 . _ -",
+    lambda value: isinstance(value, list) and len(value) <= 64 and all(map(_CAPABILITY, value)),
+)
+_CLOCK_MEMBERS = ("init", "agent", "hello")
+_CLOCK = _Shape(
+    "an object of seconds: init, agent, hello",
+    lambda value: isinstance(value, dict) and all(_is_number(value.get(k, 0)) for k in _CLOCK_MEMBERS),
+)
+
+_HELLO: Mapping[str, _Shape] = {
+    "session": _TEXT,
+    "token": _TEXT,
+    "agent": _LABEL,
+    "build": _LABEL,
+    "capabilities": _CAPABILITIES,
+}
+
+_PASSING: Mapping[str, Mapping[str, _Shape]] = {
+    "tool.invoke": {"id": _ID, "tool": _TOOL, "arguments": _OBJECT},
+    "tool.cancel": {"id": _ID},
+    "tool.result": {"id": _ID, "result": _ANY},
+    "tool.error": {"id": _ID, "code": _CODE, "message": _TEXT},
+    "prompt": {"id": _ID, "text": _TEXT},
+    "prompt.delta": {"id": _ID, "text": _TEXT},
+    "prompt.result": {"id": _ID, "text": _TEXT},
+    "prompt.error": {"id": _ID, "code": _CODE, "message": _TEXT},
+}
+"""Kinds that go from one side to the other [M]."""
+
+_HOP: Mapping[str, Mapping[str, _Shape]] = {"ping": {"nonce": _ID}, "pong": {"nonce": _ID}}
+"""Kinds that end at the launcher, from both sides."""
+
+_KINDS: Mapping[Side, Mapping[str, Mapping[str, _Shape]]] = {
+    "guest": {
+        **_PASSING,
+        **_HOP,
+        "bye": {"reason": _CODE},
+        "error": {"code": _CODE, "message": _TEXT},
+    },
+    "harness": {**_PASSING, **_HOP, "end": {}},
+}
+
+_REQUESTS = ("tool.invoke", "prompt")
+_TERMINAL = ("tool.result", "tool.error", "prompt.result", "prompt.error")
+
+_REFUSALS = {
+    "denied": "this session may not use that tool",
+    "busy": "too many requests are open",
+    "draining": "the session is ending",
+    "unavailable": "the harness is gone",
+    "gone": "the guest is gone",
+}
+"""Codes with which the launcher itself answers a request [R]."""
+
+
+class _Breach(Exception):
+    """A rule broken. The text names members and rules, and quotes nothing."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class GuestProtocol:
+    """The conversation of one connection. All methods return what to do, in order."""
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._state = State.HELLO
+        self._harness_gone = False
+        # Open requests by who asked: id -> `tool` or `prompt`.
+        self._open: Mapping[Side, dict[str, str]] = {"guest": {}, "harness": {}}
+
+    @property
+    def state(self) -> State:
+        """Where the conversation stands."""
+        return self._state
+
+    @property
+    def open_requests(self) -> Mapping[Side, int]:
+        """How many requests of each side wait for their terminal message."""
+        return {side: len(ids) for side, ids in self._open.items()}
+
+    def from_guest(self, payload: bytes) -> list[Action]:
+        """A payload came from the guest. After the end of the conversation it is dropped."""
+        if self._state is State.CLOSED:
+            return []
+        if self._state is State.HELLO:
+            return self._hello(payload)
+        return self._message("guest", payload)
+
+    def from_harness(self, payload: bytes) -> list[Action]:
+        """A payload came from the harness; the guest has said hello. After the end, requests are answered
+        with `gone` and answers are dropped."""
+        return self._message("harness", payload)
+
+    def fault(self, code: str, message: str) -> list[Action]:
+        """The guest's bytes were not frames."""
+        if self._state is State.HELLO:
+            return self._refuse("bad_hello", message, Report("from-guest", "", "", "", 0, code))
+        return self._violated("guest", code, message, Report("from-guest", "", "", "", 0, code))
+
+    def lost(self) -> list[Action]:
+        """The guest's stream has ended."""
+        return self._close("lost") if self._state is not State.CLOSED else []
+
+    def harness_gone(self) -> list[Action]:
+        """Nothing more comes from the harness: what the guest still waits for is answered here [R4]."""
+        self._harness_gone = True
+        return self._answer_all("guest", "unavailable")
+
+    def drain(self, seconds: float) -> list[Action]:
+        """Asks the guest to finish within that time. Once; later calls and a closed channel need nothing."""
+        if self._state is not State.OPEN:
+            return []
+        self._go("drain")
+        return self._send("guest", {"kind": "drain", "deadline": round(seconds, 3)})
+
+    def bye(self, reason: str) -> list[Action]:
+        """Takes leave of the guest."""
+        if self._state not in (State.OPEN, State.DRAINING):
+            return []
+        return [*self._send("guest", {"kind": "bye", "reason": reason}), *self._close("bye")]
+
+    # The handshake [H]
+
+    def _hello(self, payload: bytes) -> list[Action]:
+        expected = self._expected
+        kind = ""
+        try:
+            message = strict_json.loads(payload)
+            if message.get("kind") != "hello":
+                raise _Breach("bad_hello", "the first message must be a hello")
+            kind = "hello"
+            hello = _read_hello(message, expected)
+        except strict_json.JsonRefused as exc:
+            report = Report("from-guest", kind, "", "", len(payload), exc.code)
+            return self._refuse("bad_hello", str(exc), report)
+        except _Breach as exc:
+            report = Report("from-guest", kind, "", "", len(payload), exc.code)
+            return self._refuse(exc.code, str(exc), report)
+        self._go("hello accepted")
+        welcome = {
+            "kind": "welcome",
+            "protocol": VERSION,
+            "session": expected.session,
+            "capabilities": list(hello.capabilities),
+            "limits": {"frame": expected.limits.frame, "invocations": expected.limits.invocations},
+            "tools": {"allow": list(expected.tools.allow), "deny": list(expected.tools.deny)},
+        }
+        return [
+            Report("from-guest", kind, "", "", len(payload), "taken"),
+            *self._send("guest", welcome),
+            Opened(hello),
+        ]
+
+    def _refuse(self, code: str, message: str, report: Report) -> list[Action]:
+        self._go("refused")
+        return [
+            report,
+            *self._send("guest", {"kind": "refused", "code": code, "message": message}),
+            Refused(code, message),
+        ]
+
+    # Messages of an open channel [M, R]
+
+    def _message(self, side: Side, payload: bytes) -> list[Action]:
+        kind = identifier = name = ""
+
+        def report(outcome: str) -> Report:
+            return Report(f"from-{side}", kind, identifier, name, len(payload), outcome)
+
+        try:
+            if len(payload) > self._expected.limits.frame:
+                raise _Breach("frame_too_large", "a frame beyond the limit of this session")
+            message = strict_json.loads(payload)
+            kind = _kind(message)
+            if kind.startswith("x-"):
+                return [report("relayed"), _to(_OTHER[side], payload)]
+            if kind == "hello" and side == "guest":
+                raise _Breach("second_hello", "the guest's agent began anew on an open channel")
+            shapes = _KINDS[side].get(kind)
+            if shapes is None:
+                raise _Breach("bad_kind", "a kind that is not allowed here")
+            _check(message, shapes)
+            if kind in _PASSING:
+                identifier, name = message["id"], message.get("tool", "") if kind == "tool.invoke" else ""
+                code = self._pass(side, kind, identifier, name)
+                if code in _REFUSALS:
+                    family = kind.partition(".")[0]
+                    return [report(code), *self._answer(side, family, identifier, code)]
+                if code == "late":
+                    return [report(code)]
+                return [report(code), _to(_OTHER[side], payload)]
+        except (strict_json.JsonRefused, _Breach) as exc:
+            return self._violated(side, exc.code, str(exc), report(exc.code))
+        return [report("taken"), *self._hop(side, kind, message)]
+
+    def _hop(self, side: Side, kind: str, message: Mapping[str, Any]) -> list[Action]:
+        """A message that is meant for the launcher itself."""
+        match kind:
+            case "ping":
+                return self._send(side, {"kind": "pong", "nonce": message["nonce"]})
+            case "bye":
+                return [*self._close("bye"), Bye(message["reason"])]
+            case "error":
+                text = f"the guest reports a violation by us: {message['code']}"
+                return [*self._close("violation"), Violation("guest", "reported", text)]
+            case "end":
+                return [HarnessEnded()]
+        return []  # a pong that nobody waits for [M8]
+
+    def _pass(self, side: Side, kind: str, identifier: str, tool: str) -> str:
+        """`relayed`, `late`, or the code of a refusal. Raises _Breach."""
+        family = kind.partition(".")[0]
+        mine, theirs = self._open[side], self._open[_OTHER[side]]
+        if kind in _REQUESTS:
+            if identifier in mine:
+                raise _Breach("duplicate_id", f"{kind}: a request with this id is open")
+            if self._state is not State.OPEN:
+                return "gone" if self._state is State.CLOSED else "draining"
+            if tool and not self._expected.tools.decide(tool).allowed:
+                return "denied"
+            if len(mine) >= self._expected.limits.invocations:
+                return "busy"
+            if side == "guest" and self._harness_gone:
+                return "unavailable"
+            mine[identifier] = family
+        elif kind == "tool.cancel":
+            # It may have crossed with the answer on its way.
+            return "relayed" if mine.get(identifier) == family else "late"
+        elif self._state is State.CLOSED:
+            return "late"
+        elif theirs.get(identifier) != family:
+            raise _Breach("unknown_id", f"{kind}: no request with this id is open")
+        elif kind in _TERMINAL:
+            del theirs[identifier]
+        return "relayed"
+
+    def _answer(self, side: Side, family: str, identifier: str, code: str) -> list[Action]:
+        answer = {"kind": f"{family}.error", "id": identifier, "code": code, "message": _REFUSALS[code]}
+        return self._send(side, answer)
+
+    def _answer_all(self, side: Side, code: str) -> list[Action]:
+        waiting = dict(self._open[side])
+        self._open[side].clear()
+        return [
+            action
+            for identifier, family in waiting.items()
+            for action in self._answer(side, family, identifier, code)
+        ]
+
+    def _send(self, side: Side, message: dict[str, Any]) -> list[Action]:
+        payload = strict_json.dumps(message)
+        report = Report(f"to-{side}", message["kind"], message.get("id", ""), "", len(payload), "sent")
+        return [report, _to(side, payload)]
+
+    # The end
+
+    def _violated(self, side: Side, code: str, message: str, report: Report) -> list[Action]:
+        violation = Violation(side, code, message)
+        if side == "harness":
+            return [report, *self._send("harness", _error(code, message)), violation]
+        return [report, *self._send("guest", _error(code, message)), *self._close("violation"), violation]
+
+    def _close(self, event: str) -> list[Action]:
+        """Every request of the harness gets its terminal message, also from a guest that is gone [R4]."""
+        self._go(event)
+        self._open["guest"].clear()
+        return self._answer_all("harness", "gone")
+
+    def _go(self, event: str) -> None:
+        self._state = _NEXT[self._state][event]
+
+
+def _to(side: Side, payload: bytes) -> Action:
+    return ToGuest(payload) if side == "guest" else ToHarness(payload)
+
+
+def _error(code: str, message: str) -> dict[str, Any]:
+    return {"kind": "error", "code": code, "message": message}
+
+
+def _kind(message: Mapping[str, Any]) -> str:
+    kind = message.get("kind")
+    if not _KIND(kind):
+        raise _Breach("bad_kind", "`kind` is missing or no word of 1 to 64 of a-z 0-9 . _ -")
+    assert isinstance(kind, str)
+    return kind
+
+
+def _check(message: Mapping[str, Any], shapes: Mapping[str, _Shape]) -> None:
+    for member, shape in shapes.items():
+        if member not in message or not shape.fits(message[member]):
+            raise _Breach("bad_member", f"{message['kind']}: `{member}` must be {shape.text}")
+
+
+def _read_hello(message: Mapping[str, Any], expected: Expected) -> Hello:
+    """What the guest says, if it says all and proves itself. Raises _Breach with a code of rule H4."""
+    protocol = message.get("protocol")
+    if type(protocol) is not int or protocol != VERSION:
+        raise _Breach("bad_protocol", f"this launcher speaks protocol {VERSION}")
+    try:
+        _check(message, _HELLO)
+        _check({"kind": "hello", "clock": message.get("clock", {})}, {"clock": _CLOCK})
+    except _Breach as exc:
+        raise _Breach("bad_hello", str(exc)) from None
+    if not _equal(message["session"], expected.session):
+        raise _Breach("bad_session", "this channel is of another session")
+    if not _equal(message["token"], expected.token):
+        raise _Breach("bad_token", "the token is not this session's")
+    clock = message.get("clock", {})
+    return Hello(
+        agent=message["agent"],
+        build=message["build"],
+        capabilities=tuple(sorted(expected.capabilities.intersection(message["capabilities"]))),
+        clock={name: float(clock[name]) for name in _CLOCK_MEMBERS if name in clock},
+    )
+
+
+def _equal(given: str, expected: str) -> bool:
+    """Takes as long whether the first character differs or the last."""
+    return hmac.compare_digest(given.encode(), expected.encode())

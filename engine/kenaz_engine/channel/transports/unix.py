@@ -1,0 +1,123 @@
+"""A UNIX socket on which the launcher listens.
+
+QEMU (virtio-serial, over a chardev) and the process driver dial it. Who may: the socket lies in a directory
+that only this user can enter, and the kernel tells the peer's user id.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+import sys
+from pathlib import Path
+
+import trio
+
+from kenaz_engine.channel.transports import Accepted, TransportError
+
+SUN_PATH = 108 if sys.platform == "linux" else 104
+"""Bytes of `sockaddr_un.sun_path`, the closing NUL included (unix(7); <sys/un.h> on macOS)."""
+
+BACKLOG = 4
+
+
+class UnixListener:
+    """Made by `listen_unix`."""
+
+    def __init__(self, listening: trio.socket.SocketType, path: Path) -> None:
+        status = path.lstat()
+        self.path = path
+        self._inode = status.st_dev, status.st_ino
+        self._socket = listening
+
+    @property
+    def address(self) -> str:
+        """`unix:PATH`."""
+        return f"unix:{self.path}"
+
+    async def accept(self) -> Accepted:
+        """The next connection of this user or root; others are closed. Raises TransportError."""
+        while True:
+            stream = trio.SocketStream(await accept_socket(self._socket))
+            uid, pid = _credentials(stream.socket)
+            if uid in (os.geteuid(), 0):
+                return Accepted(stream, f"uid {uid} pid {pid}")
+            await trio.aclose_forcefully(stream)
+
+    async def aclose(self) -> None:
+        """Stops listening, and removes the socket's file if it is still ours. Idempotent."""
+        self._socket.close()
+        try:
+            status = self.path.lstat()
+            if (status.st_dev, status.st_ino) == self._inode:
+                self.path.unlink()
+        except FileNotFoundError:
+            pass
+        await trio.lowlevel.checkpoint()
+
+
+def listen_unix(path: str | os.PathLike[str]) -> UnixListener:
+    """Binds `path` (mode 0600) and listens. Raises TransportError: for a path that is too long or exists, and
+    for a directory that others may enter."""
+    place = Path(path)
+    size = len(os.fsencode(place))
+    if size >= SUN_PATH:
+        raise TransportError(
+            f"{place}: the path of this socket has {size} bytes; the system allows {SUN_PATH - 1} "
+            f"(sun_path is {SUN_PATH})",
+            hint="set XDG_RUNTIME_DIR to a shorter directory",
+        )
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _require_private(place.parent)
+        # On Linux the file is born with the mode of the unbound socket; elsewhere chmod has to follow.
+        os.fchmod(listening.fileno(), 0o600)
+        listening.bind(str(place))
+        place.chmod(0o600)
+        listening.listen(BACKLOG)
+        return UnixListener(trio.socket.from_stdlib_socket(listening), place)
+    except OSError as exc:
+        listening.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise TransportError(
+                f"{place}: exists already", hint="another session uses it, or left it: remove it if none runs"
+            ) from None
+        raise TransportError(f"{place}: cannot listen: {exc.strerror or exc}") from None
+    except BaseException:
+        listening.close()
+        raise
+
+
+async def accept_socket(listening: trio.socket.SocketType) -> trio.socket.SocketType:
+    """One connection, whoever it is. Raises TransportError when none can be taken any more."""
+    while True:
+        try:
+            accepted, _ = await listening.accept()
+        except OSError as exc:
+            if exc.errno == errno.ECONNABORTED:  # gone again before it was taken
+                continue
+            hint = "raise the limit of open files (ulimit -n)" if exc.errno == errno.EMFILE else ""
+            raise TransportError(f"cannot accept: {exc.strerror or exc}", hint=hint) from None
+        return accepted
+
+
+def _require_private(directory: Path) -> None:
+    status = directory.stat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise TransportError(
+            f"{directory}: others may enter this directory, and so dial the channel",
+            hint="make it yours alone: chmod 700",
+        )
+
+
+def _credentials(connected: trio.socket.SocketType) -> tuple[int, int]:
+    """User and process id of the peer; where the system does not tell, those that the directory admits."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return os.geteuid(), 0
+    size = struct.calcsize("3i")
+    pid, uid, _gid = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, option, size))
+    return uid, pid
