@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -26,6 +25,8 @@ class Paint:
 
 def columns() -> int | None:
     """The width of the terminal that stdout is; None where it is none, so that nothing need be cut."""
+    import shutil
+
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kenaz_engine.spec.faults import Fault
+from kenaz_engine.spec.fits import surely_fits
 from kenaz_engine.spec.units import parse_duration, parse_size
 from kenaz_engine.spec.yamlfile import Document, Path, dotted, shorten
 
@@ -65,6 +66,8 @@ def check(document: Document, schema: JsonSchema, *, at: Path = (), code: str = 
 
     `code` is that of faults for which the schema names none. The schema itself is taken to be right.
     """
+    if surely_fits(document.get(at), schema, lambda inner, value: not _format_fault(inner, value)):
+        return []
     validator = _validator(schema)
     return [
         fault
@@ -97,21 +100,28 @@ def _validator(schema: JsonSchema) -> Draft202012Validator:
 def _format(validator: Any, form: str, instance: Any, schema: JsonSchema) -> Iterator[ValidationError]:
     from jsonschema import ValidationError
 
+    if fault := _format_fault(schema, instance):
+        yield ValidationError(fault)
+
+
+def _format_fault(schema: JsonSchema, instance: Any) -> str:
+    """What a text lacks to be of the schema's `format`, if that is one of ours; empty for nothing."""
+    form = schema["format"]
     if form not in _UNITS or not isinstance(instance, str):
-        return
+        return ""
     if form == "kenaz-duration-or-none" and instance == "none":
-        return
+        return ""
     parse = parse_size if form == "kenaz-size" else parse_duration
     lowest, highest = schema.get("x-kenaz-minimum"), schema.get("x-kenaz-maximum")
     try:
         value = parse(instance)
     except ValueError as error:
-        yield ValidationError(str(error))
-        return
+        return str(error)
     if lowest is not None and value < parse(lowest):
-        yield ValidationError(f"must be at least {lowest}, not {instance}")
+        return f"must be at least {lowest}, not {instance}"
     if highest is not None and value > parse(highest):
-        yield ValidationError(f"must be at most {highest}, not {instance}")
+        return f"must be at most {highest}, not {instance}"
+    return ""
 
 
 # --- messages -----------------------------------------------------------------------------------------------
