@@ -24,7 +24,18 @@ STANDARD = load_lifecycle(
 )
 WORKING = ("a", "b", "c", "d", "e")
 TARGETS = (*WORKING, "good", "bad")
-EVENTS = ("done", "error", "timeout", "idle", "end", "abort", "vm.exited", "guest.panic", "channel.lost")
+EVENTS = (
+    "done",
+    "error",
+    "timeout",
+    "idle",
+    "end",
+    "abort",
+    "vm.exited",
+    "guest.panic",
+    "channel.lost",
+    "internal.error",
+)
 OUTSIDE = EVENTS[4:]
 
 GUARDS = st.one_of(

@@ -71,9 +71,7 @@ def route(steps: Sequence[Step]) -> str:
 
     A guard on the event's data is shown, for the path needs it; verdict and counters follow from the path.
     """
-    if not steps:
-        return ""
-    parts = [steps[0].state]
+    parts = [step.state for step in steps[:1]]
     for step in steps:
         label = step.event
         if step.guard is not None and step.guard.kind == "data":

@@ -23,6 +23,9 @@ SURE: Final = 2
 LOST: Final = 3
 """How a resource is held. A lost one is gone and raises nothing more, but is still to be released."""
 
+DEFECT: Final = "internal.error"
+"""A defect of the engine, told as an event. It may arise in every state; unhandled it becomes an `abort`."""
+
 Held = tuple[int, ...]
 
 LIMIT: Final = 20_000
@@ -162,8 +165,13 @@ class _Explorer:
     def _enter(self, name: str, failed: bool, goal: bool, held: Held, counters: tuple[int, ...]) -> Node:
         """The node in which one stands once the state's activity has begun."""
         activity = self._activities.get(name)
-        if activity is not None and (made := activity.acquires | activity.replaces):
-            held = tuple(MAYBE if r in made else h for r, h in zip(self._index, held, strict=True))
+        if activity is not None:
+            # What is needed is taken for held from here on: where it was not, that is one finding, not many.
+            needs, made = activity.needs, activity.acquires | activity.replaces
+            held = tuple(
+                MAYBE if r in made else SURE if r in needs else h
+                for r, h in zip(self._index, held, strict=True)
+            )
         goal = goal or self._lifecycle.states[name].goal
         return Node(name, failed, goal, held, counters)
 
@@ -201,7 +209,7 @@ class _Explorer:
                 yield index
                 return
             if guard.kind == "data":
-                if guard not in refused:
+                if not any(same(guard, other) for other in refused):
                     yield index
                     refused.append(guard)
             elif self._holds(guard, node):
@@ -238,6 +246,11 @@ class _Explorer:
         return held
 
 
+def same(guard: Guard, other: Guard) -> bool:
+    """Whether two guards always agree. YAML's `1` and `true` are two things, Python's are equal."""
+    return guard == other and type(guard.value) is type(other.value)
+
+
 def _bounds(lifecycle: Lifecycle) -> dict[str, int]:
     """The highest bound that a guard sets on each counter."""
     bounds: dict[str, int] = {}
@@ -258,6 +271,7 @@ def _own_events(state: State) -> tuple[str, ...]:
         *(("timeout",) if state.timeout is not None else ()),
         *(("idle",) if state.idle is not None else ()),
         *REQUESTS,
+        DEFECT,
     )
 
 

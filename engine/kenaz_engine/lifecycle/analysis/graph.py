@@ -8,7 +8,7 @@ from dataclasses import replace
 from kenaz_engine.lifecycle.analysis.text import OF_A_STATE, Text, hidden_by
 from kenaz_engine.lifecycle.findings import Finding, Step, route
 from kenaz_engine.lifecycle.model import Arm
-from kenaz_engine.lifecycle.product import LOST, NO, SURE, Edge, Held, Node, Product, components, step
+from kenaz_engine.lifecycle.product import DEFECT, LOST, NO, SURE, Edge, Held, Node, Product, components, step
 
 
 class Graph:
@@ -67,7 +67,9 @@ class Graph:
         for name, events in self._product.arises.items():
             state = self._states[name]
             for event, node in events.items():
-                if event in OF_A_STATE or event in state.ignore or self._lifecycle.arms(state, event):
+                if event in (*OF_A_STATE, DEFECT) or event in state.ignore:
+                    continue
+                if self._lifecycle.arms(state, event):
                     continue
                 yield Finding(
                     "KL016",

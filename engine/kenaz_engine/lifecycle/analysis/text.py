@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kenaz_engine.lifecycle.findings import Finding
 from kenaz_engine.lifecycle.model import OUTCOMES, REQUESTS, Arm, Lifecycle, State
+from kenaz_engine.lifecycle.product import DEFECT, same
 from kenaz_engine.lifecycle.vocabulary import Activity, Vocabulary
 
 OF_A_STATE = (*OUTCOMES, "idle")
@@ -20,7 +21,8 @@ class Text:
     def __init__(self, lifecycle: Lifecycle, vocabulary: Vocabulary) -> None:
         self.lifecycle = lifecycle
         self.vocabulary = vocabulary
-        self.raised = {event for resource in vocabulary.resources.values() for event in resource.raises}
+        raised = {event for resource in vocabulary.resources.values() for event in resource.raises}
+        self._events = {*OF_A_STATE, *REQUESTS, DEFECT, *raised}
         self.alarms = {event for resource in vocabulary.resources.values() for event in resource.alarms}
         self.losses = {event for resource in vocabulary.resources.values() for event in resource.loses}
         self.to_goal = self._leading_to_a_goal()
@@ -139,7 +141,7 @@ class Text:
                 )
 
     def _must_tell(self, owner: str, event: str) -> bool:
-        if event in ("error", "timeout") or event in self.alarms:
+        if event in ("error", "timeout", DEFECT) or event in self.alarms:
             return True
         if event not in self.losses:
             return False
@@ -152,12 +154,11 @@ class Text:
 
     def knows(self, event: str) -> bool:
         """Whether a transition can name that event."""
-        return event in OF_A_STATE or event in REQUESTS or event in self.raised
+        return event in self._events
 
     def _unknown(self, owner: str, event: str, line: int) -> Finding:
-        known = {*OF_A_STATE, *REQUESTS, *self.raised}
-        nearest = _nearest(event, known)
-        mend = f"did you mean `{nearest}`?" if nearest else f"known: {', '.join(sorted(known))}"
+        nearest = _nearest(event, self._events)
+        mend = f"did you mean `{nearest}`?" if nearest else f"known: {', '.join(sorted(self._events))}"
         return Finding("KL014", owner, event, line, f"there is no event `{event}`", mend)
 
     def _leading_to_a_goal(self) -> frozenset[str]:
@@ -190,10 +191,11 @@ def _due(state: State) -> Iterator[str]:
 
 def hidden_by(arms: Sequence[Arm], index: int) -> str | None:
     """What stands above that arm and always matches where it would."""
+    guard = arms[index].when
     for arm in arms[:index]:
         if arm.when is None:
             return f"the unconditional one to `{arm.target}`"
-        if arm.when == arms[index].when:
+        if guard is not None and same(arm.when, guard):
             return f"the one to `{arm.target}` with the same guard"
     return None
 
