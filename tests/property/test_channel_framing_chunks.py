@@ -1,6 +1,7 @@
 """However the bytes are cut, the frames are the same."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ payloads = st.lists(st.binary(min_size=1, max_size=LIMIT), max_size=12)
 
 def chunks(data: bytes, cuts: list[int]) -> Iterator[bytes]:
     edges = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         yield data[start:end]
 
 
