@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import struct
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import trio
+
+from kenaz_engine.channel.transports.unix import UnixListener
 
 COMMANDS = ("end", "abort")
 
@@ -27,19 +27,23 @@ class ControlError(Exception):
     """A session could not be asked."""
 
 
-async def serve_control(listener: trio.SocketListener, request: Callable[[str], None]) -> None:
-    """Answers until cancelled; `request` is called with each command that was asked for."""
+async def serve_control(listener: UnixListener, request: Callable[[str], None]) -> None:
+    """Answers until the listener is closed; `request` is called with each command that was asked for."""
+    async with trio.open_nursery() as nursery:
+        with suppress(trio.ClosedResourceError):
+            while True:
+                accepted = await listener.accept()
+                nursery.start_soon(_answer, accepted.stream, request)
 
-    async def answer(stream: trio.SocketStream) -> None:
-        with trio.move_on_after(_PATIENCE):
-            async with stream:
-                try:
-                    reply = _reply(await _read_line(stream), _is_ours(stream), request)
-                    await stream.send_all(json.dumps(reply).encode() + b"\n")
-                except trio.BrokenResourceError:
-                    return
 
-    await trio.serve_listeners(answer, [listener])
+async def _answer(stream: trio.SocketStream, request: Callable[[str], None]) -> None:
+    with trio.move_on_after(_PATIENCE):
+        async with stream:
+            try:
+                reply = _reply(await _read_line(stream), request)
+                await stream.send_all(json.dumps(reply).encode() + b"\n")
+            except trio.BrokenResourceError:
+                return
 
 
 async def ask(path: Path, command: str) -> None:
@@ -68,9 +72,7 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
     return data.split(b"\n", 1)[0]
 
 
-def _reply(line: bytes, ours: bool, request: Callable[[str], None]) -> dict[str, Any]:
-    if not ours:
-        return {"ok": False, "error": "this session belongs to another user"}
+def _reply(line: bytes, request: Callable[[str], None]) -> dict[str, Any]:
     try:
         message = json.loads(line)
     except ValueError:
@@ -80,12 +82,3 @@ def _reply(line: bytes, ours: bool, request: Callable[[str], None]) -> dict[str,
         return {"ok": False, "error": f"unknown command; known are {', '.join(COMMANDS)}"}
     request(command)
     return {"ok": True}
-
-
-def _is_ours(stream: trio.SocketStream) -> bool:
-    """Where the kernel does not tell the peer (not Linux), the socket's 0600 has to do."""
-    if sys.platform != "linux":
-        return True
-    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid in (0, os.getuid())

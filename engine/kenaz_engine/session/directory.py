@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +21,9 @@ from pathlib import Path
 
 import trio
 
+from kenaz_engine.channel.transports.unix import SUN_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.session.locks import Lock, try_lock
-
-SUN_PATH = 104 if sys.platform == "darwin" else 108
-"""Bytes of `sockaddr_un.sun_path`, with the closing NUL."""
 
 SOCKETS = ("control.sock", "channel.sock")
 """Names of the sockets that a session may have."""

@@ -11,8 +11,10 @@ from importlib import resources
 from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
-from kenaz_engine.images.catalog import Image
+from kenaz_engine.channel.protocol import Limits
+from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.spec.resolve import ResolvedSession
 
 ENVIRONMENT_FILE = "kenaz.env"
 """The file on the config disk; systemd's EnvironmentFile syntax."""
@@ -79,11 +81,17 @@ def guest_variables(prepared: Prepared, layout: Layout, token: str) -> dict[str,
 def connector_ids(patterns: Iterable[str]) -> list[str]:
     """The connectors that the tool patterns name, by their first segment (`fs` of `fs.*`).
 
-    Today's guest refuses the whole list for one id that it cannot read, and blocks all where there is none; so
-    a pattern that names no connector adds none.
+    Today's guest refuses the whole list for one id that it cannot read, and blocks all where there is none;
+    so a pattern that names no connector adds none.
     """
     first = {pattern.split(".", 1)[0] for pattern in patterns}
     return sorted(name for name in first if _CONNECTOR.fullmatch(name))
+
+
+def channel_limits(resolved: ResolvedSession) -> Limits:
+    """What both ends of the channel may take."""
+    limits = resolved.channel.limits
+    return Limits(frame=limits.frame, invocations=limits.invocations, handshake=limits.handshake)
 
 
 def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple[str, ...]:
@@ -94,7 +102,9 @@ def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple
     return (sys.executable, "-I", str(agent), "--env", str(config), "--root", str(root))
 
 
-def launch_request(prepared: Prepared, layout: Layout, image: Image | None, cid: int | None) -> LaunchRequest:
+def launch_request(
+    prepared: Prepared, layout: Layout, image: Image | None, *, cid: int | None = None
+) -> LaunchRequest:
     """What the driver plans from. `image` is None for drivers that boot none."""
     resolved = prepared.resolved
     root, config = disk_formats(prepared)

@@ -1,4 +1,4 @@
-"""How each kind of resource is made and given back: by the process that made it, or from the journal alone."""
+"""How each kind of resource is given back: by the process that made it, or from the journal alone."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a session came to, from its journal alone: pure, and the same for a live one and one read from disk."""
+"""What a session came to, from its journal alone: pure, the same for a live one and one read from disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ class Phase:
     seconds: float
 
 
-def phases(records: Iterable[Mapping[str, Any]]) -> list[Phase]:
+def phases(records: Sequence[Mapping[str, Any]]) -> list[Phase]:
     """How the time until the channel opened was spent; what the guest did not tell is left out.
 
-    The guest's clock starts with its kernel: what passed between the machine's start and the hello beyond what
-    that clock shows went to the hypervisor and the firmware.
+    The guest's clock starts with its kernel: what passed between the machine's start and the hello beyond
+    what that clock shows went to the hypervisor and the firmware.
     """
     made = next((r for r in records if r["kind"] == "acquired" and r["resource"] == "vm"), None)
     hello = next((r for r in records if r["kind"] == "note" and r.get("about") == "hello"), None)
@@ -40,7 +40,7 @@ def phases(records: Iterable[Mapping[str, Any]]) -> list[Phase]:
     return [*found, Phase("handshake", opened["t"] - hello["t"])]
 
 
-def states(records: Iterable[Mapping[str, Any]]) -> list[Phase]:
+def states(records: Sequence[Mapping[str, Any]]) -> list[Phase]:
     """The states in the order of their entry, each with the seconds until the next (or the end)."""
     entered = [(r["state"], r["t"]) for r in records if r["kind"] == "entered"]
     end = next((r["t"] for r in records if r["kind"] == "end"), None)

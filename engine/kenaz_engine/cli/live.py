@@ -1,0 +1,176 @@
+"""How a running session is shown: to a person as lines, to a program as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol, TextIO
+
+import trio
+
+from kenaz_engine.cli.output import Paint, plain
+from kenaz_engine.session.launch import Result
+from kenaz_engine.session.leftovers import leftovers
+from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.summary import phases
+
+Record = Mapping[str, Any]
+
+_TICK = 0.1
+
+
+class View(Protocol):
+    """Who watches a session."""
+
+    def begin(self, prepared: Prepared) -> None:
+        """The session is prepared and will start now."""
+        ...
+
+    def record(self, record: Record) -> None:
+        """A record was written to the journal."""
+        ...
+
+    def say(self, text: str) -> None:
+        """The demo harness has seen something."""
+        ...
+
+    def finish(self, result: Result, exit_code: int) -> None:
+        """The session has ended."""
+        ...
+
+    async def tick(self) -> None:
+        """Runs beside the session and is cancelled at its end."""
+        ...
+
+
+class JsonLines:
+    """Every record of the journal as a line, and a `result` at the end; see docs/reference/run-json.md."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def begin(self, prepared: Prepared) -> None:
+        """The header record says it all."""
+
+    def record(self, record: Record) -> None:
+        """One line."""
+        self._write(record)
+
+    def say(self, text: str) -> None:
+        """Content is not for the stream of events."""
+
+    def finish(self, result: Result, exit_code: int) -> None:
+        """The last line."""
+        outcome = result.outcome
+        self._write(
+            {
+                "kind": "result",
+                "success": outcome.success,
+                "exit": exit_code,
+                "verdict": outcome.verdict or outcome.internal,
+                "seconds": round(outcome.seconds, 3),
+                "journal": str(result.journal),
+                "console": list(result.console) if not outcome.success else [],
+                "left": leftovers(result.journal),
+            }
+        )
+
+    async def tick(self) -> None:
+        """Nothing moves between lines."""
+
+    def _write(self, value: Record) -> None:
+        self._out.write(json.dumps(value) + "\n")
+        self._out.flush()
+
+
+class Live:
+    """A line per state. On a terminal the line of the current state shows its time as it passes."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._terminal = out.isatty()
+        self._paint = Paint(out)
+        self._records: list[Record] = []
+        self._state = ""
+        self._entered = 0.0
+        self._since = time.monotonic()
+        self._said: set[str] = set()
+
+    def begin(self, prepared: Prepared) -> None:
+        """What will be run, and every fall-back."""
+        resolved, capabilities = prepared.resolved, prepared.capabilities
+        accelerator = f" ({capabilities.accelerator})" if capabilities.accelerator != "none" else ""
+        image = f", image {resolved.image}" if capabilities.boots_image else ""
+        self._line(f"session {resolved.id}: {prepared.driver.name}{accelerator}, {prepared.transport}{image}")
+        for note in prepared.notes:
+            self._line(self._paint(f"  note: {note}", "dim"))
+
+    def record(self, record: Record) -> None:
+        """Shows what a person wants to see of it."""
+        if record["kind"] != "channel":
+            self._records.append(record)
+        match record["kind"]:
+            case "entered":
+                self._leave(record["t"])
+                self._state, self._entered, self._since = record["state"], record["t"], time.monotonic()
+                self._draw()
+            case "decision":
+                for text in [record.get("verdict"), *record.get("also", []), *record.get("warnings", [])]:
+                    if text and text not in self._said:
+                        self._said.add(text)
+                        self._line(self._paint(f"  ! {plain(text)}", "red"))
+            case "backoff":
+                self._line(f"    trying again in {record['seconds']:.1f} s")
+            case "channel" if record.get("outcome") == "denied":
+                self._line(f"    tool {record.get('name', '')}: denied by the session's policy")
+            case "end":
+                self._leave(record["t"])
+
+    def say(self, text: str) -> None:
+        """A line of the demo harness."""
+        self._line(f"    {plain(text)}")
+
+    def finish(self, result: Result, exit_code: int) -> None:
+        """The summary."""
+        outcome = result.outcome
+        if not outcome.success and result.console:
+            self._line("  the guest's last words:")
+            for line in result.console:
+                self._line(self._paint(f"    | {plain(line)}", "dim"))
+        if outcome.success:
+            word = self._paint("succeeded", "green")
+        else:
+            word = self._paint(f"failed: {outcome.verdict or outcome.internal}", "red")
+        self._line(f"{word}, {outcome.seconds:.2f} s in all")
+        if parts := phases(self._records):
+            self._line("  " + ", ".join(f"{phase.name} {phase.seconds:.2f} s" for phase in parts))
+        self._line(f"  journal {result.journal}")
+        left = leftovers(result.journal)
+        for item in left:
+            self._line(self._paint(f"  left behind: {item}", "red"))
+        if not left:
+            self._line("  nothing left behind")
+
+    async def tick(self) -> None:
+        """Keeps the current state's time moving, on a terminal."""
+        while self._terminal:
+            await trio.sleep(_TICK)
+            self._draw()
+
+    def _leave(self, t: float) -> None:
+        if self._state:
+            self._line(f"  {self._state:<12} {t - self._entered:7.2f} s")
+            self._state = ""
+
+    def _draw(self) -> None:
+        if self._terminal and self._state:
+            passed = math.floor((time.monotonic() - self._since) * 10) / 10
+            self._out.write(f"\r\x1b[K  {self._state:<12} {passed:7.1f}  s ...")
+            self._out.flush()
+
+    def _line(self, text: str) -> None:
+        self._out.write(("\r\x1b[K" if self._terminal else "") + text + "\n")
+        self._draw()
+        self._out.flush()

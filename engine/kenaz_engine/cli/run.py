@@ -1,0 +1,102 @@
+"""`kenaz-launcher run`: a session from its spec to its end, as a person or a program watches it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import trio
+
+from kenaz_engine.channel.harness import DemoHarness, HarnessLink, connect_harness
+from kenaz_engine.cli.failures import ENVIRONMENT, FAILED, INTERRUPTED, SUCCESS, USAGE, CommandError
+from kenaz_engine.cli.live import JsonLines, Live, View
+from kenaz_engine.session.activities import Connect
+from kenaz_engine.session.guest import channel_limits
+from kenaz_engine.session.launch import Session
+from kenaz_engine.session.prepare import prepare
+from kenaz_engine.spec.files import read
+from kenaz_engine.spec.resolve import ResolvedSession, load_session
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    parser.add_argument("spec", metavar="SPEC", help="the session's file, or - for standard input")
+    parser.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="override a value of the spec"
+    )
+    parser.add_argument("--session-id", metavar="ID", help="the session's id, instead of a random one")
+    parser.add_argument(
+        "--harness",
+        metavar="unix:PATH",
+        help="the harness that listens there answers the guest (without it: a built-in demo harness)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the session; see `kenaz_engine.cli.failures` for the exit codes."""
+    text, file = read(arguments.spec)
+    resolved = load_session(
+        text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
+    )
+    if arguments.harness:
+        _check_harness(arguments.harness)
+    return trio.run(_main, resolved, arguments)
+
+
+async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int:
+    prepared = await prepare(resolved)
+    view: View = JsonLines(sys.stdout) if arguments.json else Live(sys.stdout)
+    view.begin(prepared)
+    session = Session(prepared, _connector(arguments.harness, view, prepared.resolved), (view.record,))
+    signals = _Signals(session)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(signals.watch)
+        nursery.start_soon(view.tick)
+        result = await session.run()
+        nursery.cancel_scope.cancel()
+    code = INTERRUPTED if signals.seen else SUCCESS if result.outcome.success else FAILED
+    view.finish(result, code)
+    if arguments.debug:
+        sys.stderr.writelines(result.tracebacks)
+    return code
+
+
+def _connector(address: str | None, view: View, resolved: ResolvedSession) -> Connect:
+    async def connect() -> HarnessLink:
+        if address is None:
+            return DemoHarness(view.say)
+        return await connect_harness(address, channel_limits(resolved))
+
+    return connect
+
+
+def _check_harness(address: str) -> None:
+    """A wrong address is better found now than when the guest is up."""
+    path = address.removeprefix("unix:")
+    if path == address or not path:
+        raise CommandError(f"--harness {address}: it must be unix:PATH", code=USAGE)
+    if not Path(path).exists():
+        raise CommandError(f"--harness: nothing is at {path}", "start the harness first", ENVIRONMENT)
+    if not Path(path).is_socket():
+        raise CommandError(f"--harness: {path} is not a socket", code=USAGE)
+
+
+class _Signals:
+    """The first signal asks the session to end, the next to abort."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.seen = False
+
+    async def watch(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Runs until cancelled."""
+        known = [s for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s]
+        with trio.open_signal_receiver(*known) as signals:
+            task_status.started()
+            async for _ in signals:
+                self._session.request("abort" if self.seen else "end", "signal")
+                self.seen = True

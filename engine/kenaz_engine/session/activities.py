@@ -1,0 +1,399 @@
+"""The work that states invoke. What each needs and acquires is declared in `vocabulary`.
+
+An activity acquires through the ledger, so that what it made outlives it; it waits for readiness outside of
+the acquisition. The long-lived things (machine, channel) are tasks of the session that put events into its
+inbox.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
+from kenaz_engine.channel.harness import HarnessError, HarnessLink
+from kenaz_engine.channel.policy import ToolPolicy
+from kenaz_engine.channel.relay import (
+    Bye,
+    Expected,
+    GuestChannel,
+    HandshakeError,
+    Lost,
+    ProtocolViolation,
+    Report,
+    Violated,
+    handshake,
+)
+from kenaz_engine.channel.transports import Listener, TransportError
+from kenaz_engine.channel.transports.unix import listen_unix
+from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
+from kenaz_engine.images.catalog import default_cache, find_image
+from kenaz_engine.images.config_disk import environment_file, write_config_disk
+from kenaz_engine.images.disks import create_overlay
+from kenaz_engine.images.errors import ImageError
+from kenaz_engine.images.manifest import Image
+from kenaz_engine.lifecycle.machine import Event
+from kenaz_engine.session.console import Console
+from kenaz_engine.session.guest import (
+    ENVIRONMENT_FILE,
+    Layout,
+    channel_limits,
+    disk_formats,
+    guest_variables,
+    launch_request,
+)
+from kenaz_engine.session.ledger import AcquireTimeout, Made
+from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.recorder import Recorder, RecordLost
+from kenaz_engine.session.resources import file_handle, made_directory, made_file, open_reference
+from kenaz_engine.session.runner import ActivityError, ActivityFunction, Work
+from kenaz_engine.session.vocabulary import VOCABULARY
+
+LAST_WORDS = 1.0
+"""Seconds for which the channel of a machine that is gone is read on, before `vm.exited` is put."""
+
+EXIT_GRACE = 0.25
+"""Seconds to wait for the machine's exit before a lost channel is put as such."""
+
+CONSOLE_LINES = 12
+"""Lines of the console that are shown when a guest fails."""
+
+MACHINE_BOUND = 15.0
+"""Seconds that ending a machine may take at its release: asked, terminated, killed, reaped."""
+
+
+Connect = Callable[[], Awaitable[HarnessLink]]
+"""How the session reaches its harness, once the guest is there."""
+
+CAPABILITIES = frozenset({"tools", "prompts"})
+"""What a guest may be granted."""
+
+
+class Activities:
+    """The activities of one session, and what they share."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        layout: Layout,
+        recorder: Recorder,
+        connect: Connect,
+        failed: Callable[[], bool],
+    ) -> None:
+        self._console: Console | None = None
+        self._prepared = prepared
+        self._layout = layout
+        self._recorder = recorder
+        self._connect = connect
+        self._failed = failed
+        self._harness: HarnessLink | None = None
+        self._claim: Claim | None = None
+        self._token = secrets.token_urlsafe(32)
+        self._image: Image | None = None
+        self._listener: Listener | None = None
+        self._machine: Machine | None = None
+        self._machine_exited = trio.Event()
+        self._machine_gone = trio.Event()
+        self._channel: GuestChannel | None = None
+        self._channel_ended = trio.Event()
+
+    def table(self) -> dict[str, ActivityFunction]:
+        """The activities by name: exactly those that are declared."""
+        functions: dict[str, ActivityFunction] = {
+            "image.ensure": self._ensure_image,
+            "disk.allocate": self._allocate,
+            "vm.start": self._start_machine,
+            "channel.accept": self._accept,
+            "session.serve": self._serve,
+            "session.drain": self._drain,
+            "vm.stop": self._stop_machine,
+            "vm.kill": self._kill_machine,
+            "resources.release": self._release,
+        }
+        assert functions.keys() == VOCABULARY.activities.keys()
+        return {name: _explained(function) for name, function in functions.items()}
+
+    def console_tail(self) -> tuple[str, ...]:
+        """The last lines that the guest printed."""
+        return tuple(self._console.tail(CONSOLE_LINES)) if self._console else ()
+
+    async def _ensure_image(self, work: Work) -> None:
+        if not self._prepared.capabilities.boots_image:
+            return
+        image = find_image(self._prepared.resolved.image, self._prepared.arch, default_cache())
+
+        async def make() -> tuple[Made, None]:
+            file, handle = open_reference(image.root)
+
+            async def release() -> None:
+                os.close(file)
+
+            return Made(handle, release), None
+
+        await work.ledger.acquire("image", "image-reference", {"digest": image.digest}, make)
+        self._image = image
+
+    async def _allocate(self, work: Work) -> None:
+        root_format, config_format = disk_formats(self._prepared)
+        root = self._layout.disk("root", root_format)
+        config = self._layout.disk("config", config_format)
+        files = {
+            ENVIRONMENT_FILE: environment_file(guest_variables(self._prepared, self._layout, self._token))
+        }
+
+        async def make_root() -> tuple[Made, None]:
+            if self._image is None:
+                root.mkdir(mode=0o700)
+                return made_directory(root), None
+            image, size = self._image, self._prepared.resolved.machine.disk
+            await create_overlay(root, base=image.root, base_format=image.root_format, size=size)
+            return made_file(root), None
+
+        async def make_config() -> tuple[Made, None]:
+            if config_format == "directory":
+                write_directory(config, files)
+                return made_directory(config), None
+            write_config_disk(config, files)
+            return made_file(config), None
+
+        kind = "directory" if root_format == "directory" else "file"
+        await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
+        kind = "directory" if config_format == "directory" else "file"
+        await work.ledger.acquire("config", kind, {"path": str(config)}, make_config)
+        await self._listen(work)
+
+    async def _listen(self, work: Work) -> None:
+        """Listens before the machine starts, so that no guest dials in vain."""
+        if self._prepared.transport == "vsock":
+
+            async def make_cid() -> tuple[Made, None]:
+                claim = claim_cid()
+                try:
+                    listener = listen_vsock(self._prepared.resolved.channel.port, cid=claim.cid)
+                except BaseException:
+                    os.close(claim.file)
+                    raise
+                self._claim, self._listener = claim, listener
+                return Made({"cid": claim.cid, "port": listener.port}, self._end_claim), None
+
+            await work.ledger.acquire("socket", "cid", {}, make_cid)
+            return
+
+        async def make_socket() -> tuple[Made, None]:
+            self._listener = listener = listen_unix(self._layout.channel)
+            return Made(file_handle(listener.path), listener.aclose), None
+
+        await work.ledger.acquire("socket", "socket", {"path": str(self._layout.channel)}, make_socket)
+
+    async def _end_claim(self) -> None:
+        assert self._listener is not None
+        await self._listener.aclose()
+        self._close_claim()
+
+    def _close_claim(self) -> None:
+        """QEMU has its own copy from its start on; the CID is free when the last one is closed."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            os.close(claim.file)
+
+    async def _start_machine(self, work: Work) -> None:
+        plan = self._prepared.driver.plan(launch_request(self._prepared, self._layout, self._image, cid=None))
+
+        async def make() -> tuple[Made, Machine]:
+            machine = await work.start(partial(self._own_machine, plan, work.ledger.last, work))
+            return Made(machine.handle, self._end_machine), machine
+
+        uses = ("disk", "config", "socket")
+        intent = {"driver": plan.driver, "argv": list(plan.argv)}
+        machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses, bound=MACHINE_BOUND)
+        await machine.ready()
+
+    async def _own_machine(
+        self, plan: LaunchPlan, ledger_id: int, work: Work, *, task_status: trio.TaskStatus[Machine]
+    ) -> None:
+        """Holds the machine from its start until it is gone, and says so."""
+
+        def alarm(name: str, line: str) -> None:
+            data = {"pattern": name, "message": line[:200]}
+            work.put(Event("guest.panic", data, id=ledger_id))
+
+        patterns = [(p.event, p.pattern) for p in self._image.console_patterns] if self._image else []
+        self._console = Console(self._layout.directory / "console.log", patterns, alarm)
+        descriptors = {"vhost-vsock": self._claim.file} if self._claim else {}
+        try:
+            launching = self._prepared.driver.launch(plan, descriptors)
+            async with launching as machine, trio.open_nursery() as nursery:
+                self._machine = machine
+                self._close_claim()
+                task_status.started(machine)
+                nursery.start_soon(self._read_console, machine)
+                ended = await machine.wait()
+                self._machine_exited.set()
+                nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
+                if self._channel is not None:
+                    await self._channel_ended.wait()
+            data = {"clean": ended.clean, "message": ended.reason}
+            work.put(Event("vm.exited", data, id=ledger_id))
+        finally:
+            self._machine_exited.set()
+            self._machine_gone.set()
+            self._console.close()
+
+    async def _read_console(self, machine: Machine) -> None:
+        assert self._console is not None
+        async for data in machine.console():
+            self._console.feed(data)
+
+    async def _end_machine(self) -> None:
+        assert self._machine is not None
+        await self._machine.kill()
+        await self._machine_gone.wait()
+
+    async def _accept(self, work: Work) -> None:
+        assert self._listener is not None
+        accepted = await self._listener.accept()
+        # Ids are given in order: the channel's is the next.
+        ledger_id = work.ledger.last + 1
+
+        def report(message: Report) -> None:
+            self._recorder.append("channel", _channel_fields(message))
+
+        def bye(farewell: Bye) -> None:
+            work.put(Event("guest.bye", {"reason": farewell.reason}, id=ledger_id))
+
+        guest = await handshake(
+            accepted.stream, self._expected(), on_message=report, on_bye=bye, touch=work.touch
+        )
+        hello = guest.hello
+        fields = {"agent": hello.agent, "build": hello.build, "clock": dict(hello.clock)}
+        self._recorder.append("note", {"about": "hello", **fields})
+
+        async def make() -> tuple[Made, None]:
+            self._channel = guest
+            await work.start(partial(self._own_channel, guest, ledger_id, work))
+            return Made({"peer": accepted.peer}, self._end_channel), None
+
+        try:
+            await work.ledger.acquire("channel", "stream", {"peer": accepted.peer}, make, uses=("vm",))
+        except BaseException:
+            await guest.aclose()
+            raise
+
+    def _expected(self) -> Expected:
+        resolved = self._prepared.resolved
+        return Expected(
+            session=resolved.id,
+            token=self._token,
+            tools=ToolPolicy(resolved.tools.allow, resolved.tools.deny),
+            limits=channel_limits(resolved),
+            capabilities=CAPABILITIES,
+        )
+
+    async def _own_channel(
+        self, guest: GuestChannel, ledger_id: int, work: Work, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Reads the channel from the handshake to its end, and says so where it is lost."""
+        task_status.started()
+        try:
+            end = await guest.run()
+        finally:
+            self._channel_ended.set()
+        if isinstance(end, Bye):
+            return
+        with trio.move_on_after(EXIT_GRACE):
+            await self._machine_exited.wait()
+        if not self._machine_exited.is_set():
+            work.put(Event("channel.lost", {"message": _why(end)}, id=ledger_id))
+
+    async def _end_channel(self) -> None:
+        assert self._channel is not None
+        await self._channel.aclose()
+        await self._channel_ended.wait()
+        if self._harness is not None:
+            await self._harness.aclose("failure" if self._failed() else "success")
+
+    async def _serve(self, work: Work) -> dict[str, Any]:
+        assert self._channel is not None
+        if self._harness is None:
+            self._harness = await self._connect()
+            await work.start(partial(_own_harness, self._harness))
+        end = await self._channel.serve(self._harness)
+        return {"by": end.by}
+
+    async def _drain(self, work: Work) -> None:
+        assert self._channel is not None
+        await self._channel.drain(work.timeout or 0.0)
+
+    async def _stop_machine(self, work: Work) -> None:
+        if self._machine is not None:
+            await self._machine.powerdown()
+            await self._machine.wait()
+
+    async def _kill_machine(self, work: Work) -> None:
+        if self._machine is not None:
+            await self._machine.kill()
+
+    async def _release(self, work: Work) -> None:
+        seconds = work.timeout if work.timeout is not None else math.inf
+        left = await work.ledger.release_all(trio.current_time() + seconds)
+        if left:
+            raise ActivityError("; ".join(f"the {entry.resource} {entry.error}" for entry in left))
+
+
+def _explained(function: ActivityFunction) -> ActivityFunction:
+    """What the parts raise, as what the session reports: one line, and what to do."""
+
+    async def explained(work: Work) -> Any:
+        try:
+            return await function(work)
+        except DriverError as exc:
+            raise ActivityError(str(exc), hint=exc.hint, transient=exc.transient) from exc
+        except (ImageError, TransportError, HarnessError) as exc:
+            raise ActivityError(str(exc), hint=exc.hint) from exc
+        except (HandshakeError, ProtocolViolation) as exc:
+            raise ActivityError(str(exc), code=exc.code) from exc
+        except (AcquireTimeout, RecordLost) as exc:
+            raise ActivityError(str(exc)) from exc
+        except OSError as exc:
+            raise ActivityError(f"{exc.filename or 'the system'}: {exc.strerror or exc}") from exc
+
+    return explained
+
+
+async def _own_harness(harness: HarnessLink, *, task_status: trio.TaskStatus[None]) -> None:
+    task_status.started()
+    await harness.run()
+
+
+def _why(end: Lost | Violated) -> str:
+    return (
+        end.reason if isinstance(end, Lost) else f"the guest broke the protocol ({end.code}): {end.message}"
+    )
+
+
+def _channel_fields(message: Report) -> dict[str, Any]:
+    """Structure only; what is empty is left out."""
+    fields = {
+        "direction": message.direction,
+        "message": message.kind,
+        "size": message.size,
+        "outcome": message.outcome,
+    }
+    optional = {"id": message.id, "name": message.name}
+    return fields | {name: value for name, value in optional.items() if value}
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """The config disk as a directory, for drivers that run no machine: 0700, its files 0400."""
+    path.mkdir(mode=0o700)
+    for name, content in files.items():
+        file = os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        with os.fdopen(file, "wb") as stream:
+            stream.write(content)

@@ -1,0 +1,145 @@
+"""One session, from a prepared spec to nothing left behind: what the command and the service call."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from kenaz_engine import __version__
+from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.journal.records import FORMAT
+from kenaz_engine.journal.writer import Journal
+from kenaz_engine.lifecycle.loader import to_data
+from kenaz_engine.lifecycle.machine import Event, Machine
+from kenaz_engine.session.activities import Activities, Connect
+from kenaz_engine.session.control import serve_control
+from kenaz_engine.session.directory import (
+    DirectoryError,
+    SessionDirectory,
+    create_directory,
+    socket_directory,
+    state_home,
+)
+from kenaz_engine.session.guest import Layout
+from kenaz_engine.session.ledger import Ledger, Made
+from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.recorder import Observer, Recorder
+from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
+from kenaz_engine.session.runner import SWEEP, Outcome, Runner
+from kenaz_engine.session.vocabulary import VOCABULARY
+from kenaz_engine.spec.resolve import describe
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a session came to. `console` are the last lines that the guest printed; `tracebacks` are of
+    defects, for `--debug`."""
+
+    outcome: Outcome
+    directory: Path
+    console: tuple[str, ...]
+    tracebacks: tuple[str, ...]
+
+    @property
+    def journal(self) -> Path:
+        """The session's journal."""
+        return self.directory / "journal.jsonl"
+
+
+class Session:
+    """A session of a prepared spec. `run` it once."""
+
+    def __init__(self, prepared: Prepared, connect: Connect, observers: tuple[Observer, ...] = ()) -> None:
+        self._prepared = prepared
+        self._connect = connect
+        self._observers = observers
+        self._runner: Runner | None = None
+        self._early: list[Event] = []
+
+    def request(self, kind: str, by: str) -> None:
+        """Asks the session to `end`, or to `abort`."""
+        put = self._runner.inbox.put if self._runner else self._early.append
+        put(Event(kind, {"by": by}))
+
+    async def run(self) -> Result:
+        """Runs to the end. Raises DirectoryError when the session could not even begin."""
+        session = self._prepared.resolved.id
+        sockets = socket_directory(state_home() / "sessions" / session)
+        directory = await create_directory(session)
+        try:
+            return await self._run_in(directory, Layout(directory.path, sockets))
+        finally:
+            directory.close()
+
+    async def _run_in(self, directory: SessionDirectory, layout: Layout) -> Result:
+        journal = Journal(directory.journal)
+        try:
+            recorder = Recorder(journal, self._observers)
+            recorder.append("header", _header(self._prepared))
+            ledger = Ledger(recorder, BY_INTENT)
+            activities = Activities(self._prepared, layout, recorder, self._connect, self._failed)
+            machine = Machine(self._prepared.lifecycle, VOCABULARY)
+            self._runner = Runner(machine, activities.table(), ledger, recorder)
+            for event in self._early:
+                self._runner.inbox.put(event)
+            async with trio.open_nursery() as nursery:
+                listener = await _open_control(ledger, layout)
+                nursery.start_soon(serve_control, listener, self._asked)
+                outcome = await self._runner.run()
+                nursery.cancel_scope.cancel()
+            return Result(outcome, directory.path, activities.console_tail(), tuple(self._runner.tracebacks))
+        finally:
+            journal.close()
+
+    def _failed(self) -> bool:
+        return self._runner is not None and bool(self._runner.snapshot.verdict)
+
+    def _asked(self, command: str) -> None:
+        self.request(command, "control")
+
+
+async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
+    """The first thing acquired, so the last given back: a session can be asked for as long as it holds
+    anything. Raises DirectoryError."""
+
+    async def make_directory() -> tuple[Made, None]:
+        layout.sockets.mkdir(mode=0o700, parents=True)
+        return made_directory(layout.sockets), None
+
+    async def make_socket() -> tuple[Made, UnixListener]:
+        listener = listen_unix(layout.control)
+        return Made(made_file(layout.control).handle, listener.aclose), listener
+
+    try:
+        if layout.sockets != layout.directory:
+            await ledger.acquire("runtime", "directory", {"path": str(layout.sockets)}, make_directory)
+        return await ledger.acquire("control", "socket", {"path": str(layout.control)}, make_socket)
+    except OSError as exc:
+        await ledger.release_all(trio.current_time() + SWEEP)
+        raise DirectoryError(
+            f"the control socket {layout.control} cannot be made: {exc.strerror or exc}",
+            "make the directory writable, or set XDG_RUNTIME_DIR to another",
+        ) from exc
+
+
+def _header(prepared: Prepared) -> dict[str, Any]:
+    """What a replay, a reap and a reader need to know of this session."""
+    capabilities = prepared.capabilities
+    return {
+        "format": FORMAT,
+        "session": prepared.resolved.id,
+        "launcher": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "spec": describe(prepared.resolved),
+        "lifecycle": to_data(prepared.lifecycle),
+        "driver": prepared.driver.name,
+        "accelerator": capabilities.accelerator,
+        "deadline_scale": capabilities.deadline_scale,
+        "transport": prepared.transport,
+        "notes": list(prepared.notes),
+    }
