@@ -117,7 +117,7 @@ def tried_out(machine: Machine, snapshot: Snapshot, event: Event) -> Decision:
 
 
 @given(lifecycles())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_path_shown_is_taken_by_the_machine(lifecycle: Lifecycle) -> None:
     machine = Machine(lifecycle, VOCABULARY)
     for found in analyse(lifecycle, VOCABULARY):
@@ -243,7 +243,7 @@ class World:
 
 
 @given(variants(), st.integers(0, 2**32))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_passes_never_goes_wrong(lifecycle: Lifecycle, seed: int) -> None:
     if errors(lifecycle):
         return  # refused, as most are

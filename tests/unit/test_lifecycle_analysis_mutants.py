@@ -159,6 +159,8 @@ MUTANTS: dict[str, tuple[Change, set[str]]] = {
         {"KL017", "KL026", "KL028"},
     ),
     "activity misspelt": (given("booting", invoke="vm.starts"), {"KL013"}),
+    "activity unknown": (given("booting", invoke="xyz"), {"KL013"}),
+    "event unknown and ignored": (ignoring("killing", "xyz"), {"KL014"}),
     "event misspelt": (
         leading("running", "guest.paniced", {"target": "killing", "fail": "guest panicked"}),
         {"KL014"},

@@ -76,23 +76,20 @@ class Product:
 
     def onward(
         self, start: Node, wanted: Callable[[Node], bool], within: Container[Node] | None = None
-    ) -> tuple[Step, ...] | None:
-        """A shortest path from `start`, through nodes of `within`, to one that is wanted, or None."""
+    ) -> tuple[Step, ...]:
+        """A shortest path from `start`, through `within`, to a node that is wanted. There must be one."""
         ways: dict[Node, tuple[Node, Edge] | None] = {start: None}
         queue = deque([start])
-        while queue:
-            node = queue.popleft()
-            if wanted(node):
-                steps: list[Step] = []
-                while (way := ways[node]) is not None:
-                    node, edge = way
-                    steps.append(step(node, edge))
-                return tuple(reversed(steps))
+        while not wanted(node := queue.popleft()):
             for edge in self.edges[node]:
                 if edge.target not in ways and (within is None or edge.target in within):
                     ways[edge.target] = (node, edge)
                     queue.append(edge.target)
-        return None
+        steps: list[Step] = []
+        while (way := ways[node]) is not None:
+            node, edge = way
+            steps.append(step(node, edge))
+        return tuple(reversed(steps))
 
     def leading_to(self, wanted: Callable[[Node], bool]) -> set[Node]:
         """The nodes that are wanted, and all from which one of them can be reached."""

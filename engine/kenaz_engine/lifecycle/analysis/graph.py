@@ -160,7 +160,6 @@ class Graph:
 
         for node, edge, arm, path in self._firsts(gives_up):
             onward = self._product.onward(edge.target, is_unmerited)
-            assert onward is not None
             yield Finding(
                 "KL028",
                 node.state,
@@ -211,10 +210,9 @@ class Graph:
 
     def _shortest_cycle(self, entry: Node, component: frozenset[Node]) -> tuple[Step, ...]:
         cycles = [
-            (step(entry, edge), *back)
+            (step(entry, edge), *self._product.onward(edge.target, entry.__eq__, component))
             for edge in self._product.edges[entry]
             if edge.target in component
-            and (back := self._product.onward(edge.target, entry.__eq__, component)) is not None
         ]
         return min(cycles, key=len, default=())
 
