@@ -31,11 +31,10 @@ class Text:
         for state in lifecycle.states.values():
             if state.final:
                 continue
-            name = state.invoke
+            name: str | None = state.invoke
             if name not in vocabulary.activities:
-                nearest = _nearest(name, vocabulary.activities)
-                self.misspelt[state.name] = name = nearest or ""
-            if name:
+                self.misspelt[state.name] = name = _nearest(state.invoke, vocabulary.activities)
+            if name is not None:
                 # A misspelt one is taken for what it was meant to be: one mistake, one finding.
                 self.activities[state.name] = vocabulary.activities[name]
 
