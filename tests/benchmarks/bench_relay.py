@@ -1,4 +1,4 @@
-"""What relaying costs against moving the same bytes: prints JSON. Run: python tests/benchmarks/bench_relay.py"""
+"""What relaying costs against moving the same bytes. Prints JSON; run it as a script."""
 
 from __future__ import annotations
 

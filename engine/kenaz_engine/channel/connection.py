@@ -155,9 +155,15 @@ class Connection:
 
         If cancelled within a write, the stream is of no more use, and counts as ended.
         """
-        async with self._writing:
+        try:
+            self._writing.acquire_nowait()  # saves the common case a checkpoint
+        except trio.WouldBlock:
+            await self._writing.acquire()
+        try:
             while not self.failure and self._queue.bytes_waiting:
                 await self._write_batch()
+        finally:
+            self._writing.release()
 
     async def aclose(self) -> None:
         """Closes the stream at once. What is queued is dropped."""

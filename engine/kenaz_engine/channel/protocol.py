@@ -32,11 +32,12 @@ _OTHER: Mapping[Side, Side] = {"guest": "harness", "harness": "guest"}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`frame`: bytes of a payload. `invocations`: open requests of each side. `handshake`: seconds from the
+    """`frame`: bytes of a payload. `depth`: of nested objects and arrays. `invocations`: open requests of each side. `handshake`: seconds from the
     guest's first byte to its whole hello. `queue`: bytes that may wait for a slow reader before its sender
     waits too. `write`: seconds after which a peer that reads nothing counts as lost."""
 
     frame: int = DEFAULT_LIMIT
+    depth: int = strict_json.DEPTH
     invocations: int = 64
     handshake: float = 10.0
     queue: int = 1024 * 1024
@@ -330,7 +331,7 @@ class GuestProtocol:
         expected = self._expected
         kind = ""
         try:
-            message = strict_json.loads(payload)
+            message = strict_json.loads(payload, self._expected.limits.depth)
             if message.get("kind") != "hello":
                 raise _Breach("bad_hello", "the first message must be a hello")
             kind = "hello"
@@ -375,7 +376,7 @@ class GuestProtocol:
         try:
             if len(payload) > self._expected.limits.frame:
                 raise _Breach("frame_too_large", "a frame beyond the limit of this session")
-            message = strict_json.loads(payload)
+            message = strict_json.loads(payload, self._expected.limits.depth)
             kind = _kind(message)
             if kind.startswith("x-"):
                 return [report("relayed"), _to(_OTHER[side], payload)]
