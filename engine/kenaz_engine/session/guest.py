@@ -91,7 +91,12 @@ def connector_ids(patterns: Iterable[str]) -> list[str]:
 def channel_limits(resolved: ResolvedSession) -> Limits:
     """What both ends of the channel may take."""
     limits = resolved.channel.limits
-    return Limits(frame=limits.frame, invocations=limits.invocations, handshake=limits.handshake)
+    return Limits(
+        frame=limits.frame,
+        depth=limits.depth,
+        invocations=limits.invocations,
+        handshake=limits.handshake,
+    )
 
 
 def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple[str, ...]:
