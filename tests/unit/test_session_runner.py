@@ -118,6 +118,17 @@ class TestTimers:
         assert one.journal.of("event")[-1]["t"] == 4 + 20
         assert outcome.verdict == "cleaning took too long"
 
+    async def test_an_event_after_the_deadline_follows_the_timer_also_when_the_runner_is_late(
+        self, session: Build, autojump_clock: Clock
+    ) -> None:
+        def late() -> None:
+            autojump_clock.jump(20)
+            one.put("end")
+
+        one = session(work=forever, clean=after(1))
+        await one.run((1, late))
+        assert [event for event, *_ in decided(one)] == ["timeout", "end", "done"]
+
     async def test_idle_counts_from_the_last_touch(
         self, session: Build, small: str, autojump_clock: Clock
     ) -> None:
@@ -191,6 +202,27 @@ class TestRetry:
         outcome = await one.run()
         assert (outcome.verdict, outcome.seconds) == ("it took too long", 10)
         assert one.journal.of("activity") == []
+
+    async def test_a_wait_ends_with_its_state(
+        self, session: Build, small: str, autojump_clock: Clock
+    ) -> None:
+        one = session(self.text(small), work=after(1, ActivityError("no", transient=True)), clean=after(9))
+        await one.run((1.5, lambda: one.put("end")))
+        assert [event for event, *_ in decided(one)] == ["error", "end", "done"]
+
+    async def test_what_a_left_attempt_made_stays_for_the_declared_path(
+        self, session: Build, small: str, autojump_clock: Clock
+    ) -> None:
+        async def work(work: Work) -> None:
+            await one.make("a", release_takes=3)
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ActivityError("no", transient=True)
+
+        one = session(self.text(small), work=work)
+        await one.run((1, lambda: one.put("end")))
+        assert one.journal.path() == [("working", 0), ("cleaning", 1)]
 
     @pytest.mark.parametrize("guard", ["when: {data: {transient: true}}, ", ""])
     async def test_an_attempt_that_left_something_is_the_last(
@@ -684,6 +716,18 @@ class TestJournalFails:
         outcome = await one.run((2, lambda: one.put("thing.alarm", id=1)))
         assert (outcome.verdict, outcome.seconds) == ("aborted: the journal could not be written: gone", 2)
 
+    async def test_nothing_follows_a_record_that_was_lost(
+        self, session: Build, autojump_clock: Clock
+    ) -> None:
+        """A torn line in the middle would hide the rest."""
+        one = session(work=forever)
+        one.journal.broken = OSError("gone")
+        outcome = await one.run(
+            (1, lambda: setattr(one.journal, "broken", None)), (2, lambda: one.put("thing.alarm"))
+        )
+        assert one.journal.records == []
+        assert outcome.internal == "the journal could not be written: gone"
+
     async def test_an_end_that_cannot_be_written_is_no_success(
         self, session: Build, autojump_clock: Clock
     ) -> None:
@@ -730,3 +774,25 @@ async def test_simultaneous_losses_are_decided_in_a_fixed_order(
     script = [(1, lambda kind=kind: one.runner.inbox.put(Event(kind))) for kind in ("end", "thing.lost")]
     await one.run(*script)
     assert [event for event, *_ in decided(one)] == ["done", "end", "thing.lost", "done"]
+
+
+def test_cleanup_that_ends_with_the_abort_is_not_cut(session: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order in which the scheduler runs the two."""
+    monkeypatch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+    finished = []
+
+    async def work(work: Work) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with work.cleaning():
+                await trio.sleep(3)
+                await trio.lowlevel.checkpoint()
+                finished.append(True)
+
+    for seed in range(6):
+        trio._core._run._r.seed(seed)
+        one = session(work=work)
+        script = [(1.0, lambda one=one: one.put("end")), (4.0, lambda one=one: one.put("abort"))]
+        trio.run(one.run, *script, clock=Clock(autojump_threshold=0))
+    assert len(finished) == 6

@@ -328,7 +328,6 @@ class Runner:
                 waiting.start_soon(self._bound_cleanup, running)
                 await running.ended.wait()
                 waiting.cancel_scope.cancel()
-        self._running = None
 
     async def _bound_cleanup(self, running: _Running) -> None:
         deadline = trio.current_time() + running.cleanup
