@@ -32,10 +32,12 @@ _OTHER: Mapping[Side, Side] = {"guest": "harness", "harness": "guest"}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`frame`: bytes of a payload. `depth`: of nested objects and arrays. `invocations`: open requests of each
+    """What a peer may take.
+
+    `frame`: bytes of a payload. `depth`: of nested objects and arrays. `invocations`: open requests of each
     side. `handshake`: seconds from the guest's first byte to its whole hello. `queue`: bytes that may wait for
-    a slow reader before its sender waits too. `write`: seconds after which a peer that reads nothing counts as
-    lost."""
+    a slow reader before its sender waits too. `write`: seconds after which a peer that reads nothing is lost.
+    """
 
     frame: int = DEFAULT_LIMIT
     depth: int = strict_json.DEPTH

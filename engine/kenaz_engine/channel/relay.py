@@ -228,6 +228,7 @@ class GuestChannel:
         self._active = False
         self._end: ChannelEnd | None = None
         self._over = trio.Event()
+        self._reading = trio.CancelScope()
 
     @property
     def end(self) -> ChannelEnd | None:
@@ -237,14 +238,15 @@ class GuestChannel:
     async def run(self) -> ChannelEnd:
         """Reads until the guest's stream ends. Raises nothing for what the guest does."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._connection.run)
-                end = await self._read()
-                nursery.cancel_scope.cancel()
+            with self._reading:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._connection.run)
+                    await self._read()
+                    nursery.cancel_scope.cancel()
         finally:
-            self._end = self._end or Lost("the launcher stopped reading")
+            self._end = self._end or Lost("the launcher closed the channel")
             self._over.set()
-        return end
+        return self._end
 
     async def serve(self, harness: HarnessLink) -> ServeEnd:
         """Relays both ways until the harness ends the session or the guest is gone.
@@ -272,27 +274,28 @@ class GuestChannel:
         return self._end
 
     async def aclose(self) -> None:
-        """Takes leave, if the guest is still there, and closes the stream; within LAST_WORD seconds."""
+        """Takes leave, if the guest is still there, and closes the stream; within LAST_WORD seconds. Ends `run`."""
         with trio.CancelScope(shield=True):
             self._apply(self._protocol.bye("closed"))
             with trio.move_on_after(LAST_WORD):
                 await self._connection.flush()
             await self._connection.aclose()
+        self._reading.cancel()
         await trio.lowlevel.checkpoint()
 
     # The guest's side: `run`
 
-    async def _read(self) -> ChannelEnd:
+    async def _read(self) -> None:
         end: ChannelEnd | None = None
         while end is None:
+            await self._inward.room()
+            await self._connection.room()
             actions, end = await self._next()
             match self._apply(actions):
                 case Bye() as bye:
                     end = bye
                 case Violation(_, code, message):
                     end = Violated(code, message)
-            await self._inward.room()
-            await self._connection.room()
         if isinstance(end, Violated):
             with trio.move_on_after(LAST_WORD):
                 await self._connection.flush()
@@ -306,7 +309,6 @@ class GuestChannel:
         if isinstance(end, Bye):
             self._on_bye(end)
             await self._connection.discard()
-        return end
 
     async def _next(self) -> tuple[list[Action], Lost | None]:
         """What follows from the next frame of the guest, or from the end of its stream."""
