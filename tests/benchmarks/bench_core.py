@@ -1,0 +1,165 @@
+"""What the core costs per event: deciding, recording, reading back. Prints JSON; needs no hypervisor.
+
+Times are the best of several rounds, in microseconds, for other work on the machine only ever adds to them.
+`ratio` is against a baseline measured in the same run: the same bytes without our code around them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kenaz_engine.journal.reader import read_journal
+from kenaz_engine.journal.records import FORMAT
+from kenaz_engine.journal.writer import Journal
+from kenaz_engine.lifecycle.loader import load_lifecycle
+from kenaz_engine.lifecycle.machine import Event, Machine
+from kenaz_engine.lifecycle.recorded import decision_fields, event_fields, event_from
+from kenaz_engine.session.vocabulary import VOCABULARY
+
+ROUNDS = 5
+
+BOUNDS = {"decide_recorded": 20.0, "append": 15.0, "replay_per_second": 100_000.0}
+"""What the design allows: microseconds, but for the replay (records a second, at least)."""
+
+
+def best(call: Callable[[], int]) -> float:
+    """Microseconds per item of the fastest round; `call` returns how many items it did."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        count = call()
+        times.append((time.perf_counter() - start) / count * 1e6)
+    return min(times)
+
+
+def nominal(machine: Machine) -> list[Event]:
+    """The events of a session of `standard` that ends well."""
+    at, events = machine.start().snapshot, []
+    acquired = {
+        "image.ensure": {"image": 1},
+        "disk.allocate": {"disk": 2, "config": 3, "socket": 4},
+        "vm.start": {"vm": 5},
+        "channel.accept": {"channel": 6},
+    }
+    while not machine.lifecycle.states[at.state].final:
+        activity = machine.lifecycle.states[at.state].invoke
+        data = {"acquired": acquired[activity]} if activity in acquired else {}
+        events.append(Event("done", data, at.entry, activity))
+        at = machine.decide(at, events[-1]).snapshot
+    return events
+
+
+def decide(machine: Machine, events: Sequence[Event], append: Callable[[str, Mapping[str, Any]], Any]) -> int:
+    at = machine.start().snapshot
+    for event in events:
+        decision = machine.decide(at, event)
+        append("decision", decision_fields(decision))
+        at = decision.snapshot
+    return len(events)
+
+
+def replay(path: Path, machine: Machine) -> int:
+    """Reads and checks a journal, decides its events again and compares: the number of its records."""
+    at, fields = machine.start().snapshot, None
+    records = read_journal(path).records
+    for record in records:
+        if record["kind"] == "event":
+            if machine.lifecycle.states[at.state].final:
+                at = machine.start().snapshot
+            decision = machine.decide(at, event_from(record))
+            at, fields = decision.snapshot, decision_fields(decision)
+        elif record["kind"] == "decision":
+            assert fields is not None
+            assert all(record[name] == value for name, value in fields.items())
+    return len(records)
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    source = resources.files("kenaz_specs") / "lifecycles" / "standard.yaml"
+    machine = Machine(load_lifecycle(source.read_text("utf-8"), "standard.yaml"), VOCABULARY)
+    events = nominal(machine)
+    journals = (Journal(folder / f"{number}.jsonl") for number in range(1000))
+
+    def repeated(append: Callable[[str, Mapping[str, Any]], Any]) -> int:
+        return sum(decide(machine, events, append) for _ in range(300))
+
+    def recorded() -> int:
+        journal = next(journals)
+        count = repeated(journal.append)
+        journal.close()
+        return count
+
+    def ignored() -> int:
+        at, event = machine.start().snapshot, Event("unknown")
+        for _ in range(5000):
+            machine.decide(at, event)
+        return 5000
+
+    record = event_fields(events[2])
+
+    def append() -> int:
+        journal = next(journals)
+        for _ in range(5000):
+            journal.append("event", record)
+        journal.close()
+        return 5000
+
+    def append_bare() -> int:
+        """The same work by hand: encode, hash, write."""
+        file = os.open(folder / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        prev = ""
+        for seq in range(5000):
+            line = json.dumps(
+                {"seq": seq, "t": 1.234567, "wall": 1.7e9, "kind": "event", **record, "prev": prev}
+            )
+            prev = hashlib.sha256(line.encode()).hexdigest()
+            os.write(file, line.encode() + b"\n")
+        os.close(file)
+        return 5000
+
+    long = Journal(folder / "long")
+    long.append("header", {"format": FORMAT})
+    for _ in range(300):
+        at = machine.start().snapshot
+        for event in events:
+            decision = machine.decide(at, event)
+            long.append("event", event_fields(event))
+            long.append("decision", decision_fields(decision))
+            at = decision.snapshot
+    long.close()
+
+    appended, bare = best(append), best(append_bare)
+    return {
+        "decide": round(best(lambda: repeated(lambda kind, fields: None)), 2),
+        "decide_recorded": round(best(recorded), 2),
+        "decide_ignored": round(best(ignored), 2),
+        "append": round(appended, 2),
+        "append_ratio": round(appended / bare, 2),
+        "replay_per_second": round(1e6 / best(lambda: replay(folder / "long", machine))),
+    }
+
+
+def main() -> int:
+    """Measures, prints, and returns 1 when a bound is not held."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder))
+    missed = [
+        name
+        for name, bound in BOUNDS.items()
+        if (found[name] < bound if name.endswith("_per_second") else found[name] > bound)
+    ]
+    print(json.dumps({"microseconds": found, "bounds": BOUNDS, "missed": missed}, indent=2))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
