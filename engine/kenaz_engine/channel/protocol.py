@@ -35,8 +35,9 @@ class Limits:
     """What a peer may take.
 
     `frame`: bytes of a payload. `depth`: of nested objects and arrays. `invocations`: open requests of each
-    side. `handshake`: seconds from the guest's first byte to its whole hello. `queue`: bytes that may wait for
-    a slow reader before its sender waits too. `write`: seconds after which a peer that reads nothing is lost.
+    side. `handshake`: seconds from the guest's first byte to its whole hello. `queue`: bytes that may wait
+    for a slow reader before its sender waits too. `write`: seconds after which a peer that reads nothing
+    counts as lost.
     """
 
     frame: int = DEFAULT_LIMIT
