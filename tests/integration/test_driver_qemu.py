@@ -214,7 +214,7 @@ async def test_an_option_that_qemu_refuses_comes_with_its_words(driver, plan_for
     plan = plan_for("hang")
     plan = replace(plan, argv=(*plan.argv, "-device", "no-such-device"))
     async with driver.launch(plan, {}) as machine:
-        with pytest.raises(DriverError, match="ended with code 1: .*no-such-device") as caught:
+        with pytest.raises(DriverError, match=r"ended with code 1: .*no-such-device") as caught:
             await machine.ready()
         assert "no-such-device" in caught.value.log[-1]
         assert "kenaz-launcher plan" in caught.value.hint

@@ -44,9 +44,11 @@ def request_for(arch="x86_64", accel="tcg", **changes):
 
 
 CASES = {
-    "microvm-tcg-serial": request_for(),
+    "auto-tcg-serial": request_for(),
+    "auto-kvm-serial": request_for(accel="kvm"),
+    "microvm-tcg-serial": request_for(options={"machine": "microvm"}),
     "microvm-kvm-vsock": request_for(accel="kvm", transport="vsock", channel="", cid=42),
-    "microvm-nat": request_for(network="nat"),
+    "microvm-nat": request_for(accel="kvm", network="nat"),
     "q35-tcg-serial": request_for(options={"machine": "q35"}),
     "q35-kvm-vsock-disk": request_for(
         accel="kvm", transport="vsock", cid=42, kernel="", initrd="", cmdline=""

@@ -29,7 +29,7 @@ async def plan_for(driver, directory):
     )
     capabilities = await driver.probe("x86_64", {})
 
-    def plan(transport="unix", disks=(Disk("config", str(directory), "directory"),), **script):
+    def plan(transport="unix", config=True, **script):
         request = LaunchRequest(
             session="sim",
             directory=str(directory),
@@ -40,7 +40,7 @@ async def plan_for(driver, directory):
             channel=str(directory / "channel"),
             port=7881,
             capabilities=capabilities,
-            disks=disks,
+            disks=(Disk("config", str(directory), "directory"),) if config else (),
             options={"script": script},
         )
         return driver.plan(request)
@@ -156,7 +156,7 @@ async def test_plans_without_a_channel_or_config_are_refused(plan_for):
     with pytest.raises(DriverError):
         plan_for(transport="vsock")
     with pytest.raises(DriverError):
-        plan_for(disks=())
+        plan_for(config=False)
 
 
 async def test_errors_of_the_user_come_out_as_they_are(driver, plan_for):

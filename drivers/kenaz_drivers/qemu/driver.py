@@ -183,8 +183,8 @@ class QemuDriver:
             },
             "machine": {
                 "title": "Machine type",
-                "description": "`auto` takes microvm for x86_64 images with a kernel of their own, else q35; "
-                "virt for aarch64.",
+                "description": "`auto` takes virt for aarch64, and for x86_64 q35, or microvm where a "
+                "kernel is given and hardware runs it.",
                 "enum": ["auto", "microvm", "q35", "virt"],
                 "default": "auto",
                 "examples": ["q35"],
