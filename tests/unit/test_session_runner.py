@@ -220,7 +220,8 @@ class TestRetry:
             finally:
                 raise ActivityError("no", transient=True)
 
-        one = session(self.text(small), work=work)
+        text = self.text(small).replace("timeout: 20s", "timeout: 20s\n        retry: {attempts: 2}")
+        one = session(text, work=work)
         await one.run((1, lambda: one.put("end")))
         assert one.journal.path() == [("working", 0), ("cleaning", 1)]
 

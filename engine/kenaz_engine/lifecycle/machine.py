@@ -171,8 +171,6 @@ class Machine:
                 nominal = state.retry.backoff.nominal(snapshot.attempt)
                 waiting = replace(snapshot, attempt=snapshot.attempt + 1, waiting=True)
                 return Decision(waiting, (Wait(nominal),))
-            case "done" if acquired := event.data.get("acquired"):
-                snapshot = replace(snapshot, ids={**snapshot.ids, **acquired})
         return self._transit(state, snapshot, event)
 
     def _transit(self, state: State, snapshot: Snapshot, event: Event) -> Decision:
@@ -261,6 +259,9 @@ def _moved(snapshot: Snapshot, arm: Arm, event: Event) -> Snapshot:
         warnings = (*warnings, _with_detail(arm.warn, event))
     if arm.count:
         counters = {**counters, arm.count: counters.get(arm.count, 0) + 1}
+    ids = snapshot.ids
+    if event.type == "done" and (acquired := event.data.get("acquired")):
+        ids = {**ids, **acquired}
     return Snapshot(
         state=arm.target,
         entry=snapshot.entry + 1,
@@ -268,7 +269,7 @@ def _moved(snapshot: Snapshot, arm: Arm, event: Event) -> Snapshot:
         also=also,
         warnings=warnings,
         counters=counters,
-        ids=snapshot.ids,
+        ids=ids,
         lost=snapshot.lost,
     )
 

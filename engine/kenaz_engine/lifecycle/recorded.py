@@ -37,13 +37,18 @@ def decision_fields(decision: Decision) -> dict[str, Any]:
     """The fields of a `decision` record; a replay compares them all."""
     at = decision.snapshot
     fields: dict[str, Any] = {"state": at.state, "entry": at.entry, "attempt": at.attempt}
-    optional = {
-        "reason": decision.reason,
-        "arm": decision.arm,
-        "waiting": at.waiting,
-        "verdict": at.verdict,
-        "also": list(at.also),
-        "warnings": list(at.warnings),
-        "counters": dict(at.counters),
-    }
-    return fields | {name: value for name, value in optional.items() if value}
+    if decision.reason:
+        fields["reason"] = decision.reason
+    if decision.arm:
+        fields["arm"] = decision.arm
+    if at.waiting:
+        fields["waiting"] = True
+    if at.verdict:
+        fields["verdict"] = at.verdict
+    if at.also:
+        fields["also"] = list(at.also)
+    if at.warnings:
+        fields["warnings"] = list(at.warnings)
+    if at.counters:
+        fields["counters"] = dict(at.counters)
+    return fields
