@@ -99,8 +99,12 @@ class Host:
             if closing is not None:
                 closing.close()
         if self.child is not None:
-            self.child.kill()
-            self.child.communicate()
+            self.child.terminate()
+            try:
+                self.child.communicate(timeout=1)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.communicate()
 
 
 @pytest.fixture

@@ -400,19 +400,17 @@ def _make_ext4(root: Path, image: Path, epoch: int) -> None:
     extended = f"root_owner=0:0,lazy_itable_init=1,hash_seed={_uuid('hash seed')}"
     options = ("-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", features, "-E", extended)
     _run("mke2fs", *options, "-L", "KENAZROOT", "-U", _uuid("root"), "-d", root, image, str(blocks))
-    # mke2fs takes owner and times from the files, and of these only the modification time can be set.
-    commands = [
-        "set_super_value mkfs_time @{0}",
-        "set_super_value wtime @{0}",
-        "set_super_value lastcheck @{0}",
-    ]
-    for path in ("", *sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))):
-        commands += [f"set_inode_field /{path} {name} 0" for name in ("uid", "gid")]
+    # mke2fs takes owner and times from the files, and of these only the modification time can be set; the
+    # numbers are its own inodes: bad blocks, the room for growing, lost+found.
+    names = [f"/{path.relative_to(root).as_posix()}" for path in sorted(root.rglob("*"))]
+    commands = [f"set_current_time @{epoch}"]
+    commands += [f"set_super_value {field} @{epoch}" for field in ("mkfs_time", "lastcheck")]
+    for name in ("<1>", "<7>", "<11>", "/", *names):
+        commands += [f"set_inode_field {name} {field} 0" for field in ("uid", "gid")]
         commands += [
-            f"set_inode_field /{path} {name} @{epoch}" for name in ("atime", "ctime", "mtime", "crtime")
+            f"set_inode_field {name} {field} @{epoch}" for field in ("atime", "ctime", "mtime", "crtime")
         ]
-    script = "".join(f"{command.format(epoch)}\n" for command in commands)
-    _run("debugfs", "-w", "-f", "-", image, stdin=script.encode())
+    _run("debugfs", "-w", "-f", "-", image, stdin="\n".join([*commands, ""]).encode())
 
 
 def _uuid(purpose: str) -> str:

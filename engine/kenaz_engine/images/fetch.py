@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
+from typing import cast
 from urllib.parse import urljoin, urlsplit
 from urllib.request import url2pathname
 
@@ -110,8 +111,10 @@ async def _chunks(url: str) -> AsyncGenerator[bytes, None]:
             client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response,
         ):
             response.raise_for_status()
-            async for chunk in response.aiter_bytes(_CHUNK):
-                yield chunk
+            body = cast("AsyncGenerator[bytes, None]", response.aiter_bytes(_CHUNK))
+            async with aclosing(body):
+                async for chunk in body:
+                    yield chunk
     except httpx.HTTPStatusError as error:
         raise ImageError(f"{url} could not be fetched: status {error.response.status_code}") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
