@@ -1,7 +1,7 @@
 """The conversation with a guest, message by message."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -399,6 +399,13 @@ def test_a_harness_that_breaks_a_rule_harms_no_guest(payload: bytes, code: str) 
     assert said(actions, ToHarness) == [{"kind": "error", "code": code}]
     assert said(actions) == []
     assert protocol.state is State.OPEN
+
+
+def test_the_depth_is_the_sessions() -> None:
+    protocol = opened(replace(EXPECTED, limits=replace(EXPECTED.limits, depth=4)))
+    assert outcomes(protocol.from_guest(raw({"kind": "x-a", "a": [[[]]]}))) == ["from-guest x-a relayed"]
+    actions = protocol.from_guest(raw({"kind": "x-a", "a": [[[[]]]]}))
+    assert one(actions, Violation).code == "too_deep"
 
 
 def test_frames_that_are_none_are_a_violation() -> None:

@@ -529,7 +529,7 @@ async def test_run_that_is_cancelled_releases_who_serves(autojump_clock: trio.te
     with trio.CancelScope() as scope:
         scope.cancel()
         await channel.run()
-    assert channel.end == Lost("the launcher stopped reading")
+    assert channel.end == Lost("the launcher closed the channel")
     assert await channel.serve(DemoHarness(lambda text: None)) == ServeEnd("guest")
 
 
@@ -544,6 +544,18 @@ async def test_closing_takes_leave(autojump_clock: trio.testing.MockClock) -> No
         await world.link.aclose("success")
         await world.harness.expect(kind="session.close", outcome="success")
         assert await world.harness.receive() is None
+
+
+async def test_closing_ends_a_run_that_waits_for_someone_to_serve(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with opened() as world:
+        await world.guest.send(*(prompt(number, "x" * 500) for number in range(5)))
+        await settled()
+        assert len(world.reports) == 2 + 2  # the rest waits
+        await world.channel.aclose()
+        await settled()
+        assert world.ends == [Lost("the launcher closed the channel")]
 
 
 async def test_closing_is_bounded_when_nobody_reads(autojump_clock: trio.testing.MockClock) -> None:
@@ -689,6 +701,28 @@ async def test_a_write_that_breaks_ends_the_writer_and_not_the_reader() -> None:
     await connection.send(b"dropped")
     await connection.flush()
     assert await connection.receive() == b'{"kind": "last"}'
+
+
+async def test_flush_waits_for_the_writer_in_its_middle() -> None:
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    connection = Connection(ours, LengthPrefixed(), queue=1000, write=10)
+    connection.put(b"x")
+    flushed = []
+
+    async def flush() -> None:
+        await connection.flush()
+        flushed.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        await settled()
+        nursery.start_soon(flush)
+        await settled()
+        assert flushed == []
+        await theirs.receive_some()
+        await settled()
+        assert len(flushed) == 1
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_write_that_is_cancelled_ends_the_stream() -> None:

@@ -67,3 +67,18 @@ def test_what_is_written_can_be_read() -> None:
     value = {"kind": "x-test", "text": '\N{GRINNING FACE} \x00 "', "list": [1, 2.5, None, True]}
     assert loads(dumps(value)) == value
     assert dumps({"a": [1, 2]}) == b'{"a":[1,2]}'
+
+
+@pytest.mark.parametrize("depth", [4, 64, 512])
+def test_the_depth_is_the_callers_to_choose(depth: int) -> None:
+    payload = b'{"a":' * depth + b"1" + b"}" * depth
+    assert loads(payload, depth) == json.loads(payload)
+    with pytest.raises(JsonRefused) as caught:
+        loads(b'{"a":' + payload + b"}", depth)
+    assert caught.value.code == "too_deep"
+
+
+def test_brackets_without_a_partner_do_not_exhaust_the_stack() -> None:
+    with pytest.raises(JsonRefused) as caught:
+        loads(b'{"a":' + b"[" * (511 + 512) + b"]" * 512, 512)
+    assert caught.value.code == "bad_json"

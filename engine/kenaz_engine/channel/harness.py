@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -145,7 +146,7 @@ class DemoHarness:
 
     async def send(self, payload: bytes) -> None:
         """Answers at once; the answer waits for `receive`."""
-        message = strict_json.loads(payload)
+        message = json.loads(payload)  # the protocol has looked at it
         answer = self._answer(message)
         if answer is not None:
             self._answers.append(strict_json.dumps(answer))

@@ -274,7 +274,8 @@ class GuestChannel:
         return self._end
 
     async def aclose(self) -> None:
-        """Takes leave, if the guest is still there, and closes the stream; within LAST_WORD seconds. Ends `run`."""
+        """Takes leave, if the guest is still there, closes the stream, and so ends `run`; within LAST_WORD
+        seconds."""
         with trio.CancelScope(shield=True):
             self._apply(self._protocol.bye("closed"))
             with trio.move_on_after(LAST_WORD):

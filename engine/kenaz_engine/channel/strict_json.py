@@ -13,7 +13,7 @@ import re
 from typing import Any, NoReturn
 
 DEPTH = 64
-"""Objects and arrays within each other, the outermost counted."""
+"""Objects and arrays within each other, the outermost counted; unless the session's spec says otherwise."""
 
 DIGITS = 20
 """Characters of an integer, its sign included: enough for 64 bits."""
@@ -28,7 +28,7 @@ class JsonRefused(ValueError):
 
 
 def loads(payload: bytes, depth: int = DEPTH) -> dict[str, Any]:
-    """The object that `payload` holds, nested at most `depth` deep. Raises JsonRefused."""
+    """The object that `payload` holds, nested at most `depth` deep (up to 512). Raises JsonRefused."""
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -37,6 +37,8 @@ def loads(payload: bytes, depth: int = DEPTH) -> dict[str, Any]:
         raise JsonRefused("too_deep", f"objects and arrays nested more than {depth} deep")
     try:
         value = _decode(text)
+    except RecursionError:  # brackets without a partner may come on top of `depth`
+        raise JsonRefused("bad_json", "not JSON: brackets without a partner") from None
     except json.JSONDecodeError as exc:
         raise JsonRefused("bad_json", f"not JSON: {exc.msg} at character {exc.pos}") from None
     if not isinstance(value, dict):
