@@ -275,8 +275,8 @@ def test_any_faults_together_forget_nothing(faults: list[Fault]) -> None:
 def test_the_order_of_tasks_does_not_show_in_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six seeds of trio's scheduler, byte for byte."""
     monkeypatch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
-    faults = [(), *((fault,) for fault in singles()[::9])]
-    faults += [(one, two) for one, two in zip(singles()[::31], singles()[7::31], strict=False)]
+    faults = [(), *((fault,) for fault in singles()[::8])]
+    faults += [(one, two) for one, two in zip(singles()[::37], singles()[700::37], strict=False)]
     for each in faults:
         journals = set()
         for seed in range(6):
