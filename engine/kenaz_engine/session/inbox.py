@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import trio
-import trio.testing
 
 from kenaz_engine.lifecycle.machine import Event
 
@@ -70,7 +69,10 @@ class Inbox:
     async def settle(self) -> None:
         """On virtual time, lets every other task run to its next wait first."""
         if self._settle:
-            await trio.testing.wait_all_tasks_blocked()
+            # Late: this module brings pytest along, where that is installed.
+            from trio.testing import wait_all_tasks_blocked
+
+            await wait_all_tasks_blocked()
         else:
             await trio.lowlevel.checkpoint()
 
