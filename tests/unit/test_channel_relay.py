@@ -420,6 +420,28 @@ async def test_a_harness_that_never_reads_makes_the_guest_wait_and_is_gone_in_ti
         assert world.ends == [ServeEnd("harness")]
 
 
+async def test_a_guest_that_does_not_read_makes_the_harness_wait(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with opened(pair=trio.testing.lockstep_stream_pair) as world:
+        world.serve()
+        await world.harness.expect(kind="session.open")
+        sent = 0
+
+        async def tell() -> None:
+            nonlocal sent
+            for number in range(60):
+                await world.harness.send({"kind": "x-note", "n": number, "text": "x" * 500})
+                sent += 1
+
+        world.nursery.start_soon(tell)
+        await trio.sleep(10)
+        assert 0 < sent < 20
+        for number in range(60):
+            await world.guest.expect(kind="x-note", n=number)
+        assert sent == 60
+
+
 async def test_without_anyone_serving_the_guest_waits(autojump_clock: trio.testing.MockClock) -> None:
     async with opened(pair=trio.testing.lockstep_stream_pair) as world:
         sent = 0
