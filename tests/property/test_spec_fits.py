@@ -6,7 +6,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -60,7 +60,6 @@ LEAVES = st.booleans() | st.fixed_dictionaries({}, optional={"type": TYPES, "con
 SCHEMAS = _schemas(st.recursive(LEAVES, _schemas, max_leaves=4))
 
 
-@settings(max_examples=200, deadline=None)
 @given(schema=SCHEMAS, definition=LEAVES, data=DATA)
 def test_it_says_what_jsonschema_says(schema: dict[str, Any], definition: Any, data: Any) -> None:
     schema = {**schema, "$defs": {"one": definition}}

@@ -52,7 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verify = add("verify", _verify, "check that an image is what its manifest says")
     verify.add_argument("image", metavar="IMAGE", help="name[:tag], or path of an image.json")
     verify.add_argument(
-        "--arch", default=native_arch(), help="architecture of the guest (default: this host's)"
+        "--arch",
+        metavar="ARCH",
+        default=native_arch(),
+        help="architecture of the guest (default: this host's)",
     )
 
 

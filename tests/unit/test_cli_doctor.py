@@ -1,0 +1,296 @@
+"""`doctor` and `image`, on drivers and images that are made up."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kenaz_drivers.contract import Capabilities, DriverError, Reason
+from kenaz_engine.cli import doctor, image
+from kenaz_engine.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+PARTS = {"kernel": b"kernel", "initrd": b"initrd", "root": b"root" * 100}
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def _capabilities(usable: bool, **more: Any) -> Capabilities:
+    reason = Reason(usable, "all is well" if usable else "it is not there", "install it")
+    return Capabilities(usable, (reason,), "x86_64", transports=("unix",), **more)
+
+
+@pytest.fixture
+def drivers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Capabilities]:
+    """The drivers of the host; a test puts into it what it needs."""
+    found: dict[str, Capabilities] = {}
+
+    class Probed:
+        def __init__(self, name: str) -> None:
+            if name == "broken":
+                raise DriverError("it cannot be loaded", hint="update it")
+            self.name = name
+
+        async def probe(self, arch: str, options: Mapping[str, Any]) -> Capabilities:
+            return found[self.name]
+
+    monkeypatch.setattr(doctor, "driver_names", lambda: tuple(sorted(found)))
+    monkeypatch.setattr(doctor, "load", Probed)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KENAZ_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("KENAZ_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/0")
+    for module in (doctor, image):
+        monkeypatch.setattr(module, "native_arch", lambda: "x86_64")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(doctor.ROOM))
+    return tmp_path
+
+
+def put_image(directory: Path) -> Path:
+    manifest: dict[str, Any] = {
+        "schema": 1,
+        "name": "demo",
+        "tag": "1.0",
+        "arch": "x86_64",
+        "cmdline": "quiet",
+        "console": {"device": "ttyS0", "patterns": []},
+        "parts": {
+            name: {"file": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in PARTS.items()
+        },
+    }
+    manifest["parts"]["root"]["format"] = "raw"
+    directory.mkdir(parents=True)
+    for name, content in PARTS.items():
+        (directory / name).write_bytes(content)
+    path = directory / "image.json"
+    path.write_text(json.dumps(manifest))
+    return path
+
+
+# --- doctor -------------------------------------------------------------------------------------------------
+
+
+def test_doctor_shows_each_driver_and_its_mend(
+    drivers: dict[str, Capabilities], capsys: Capture, home: Path
+) -> None:
+    drivers |= {
+        "broken": _capabilities(True),
+        "missing": _capabilities(False),
+        "process": _capabilities(True, isolates=False),
+        "simulated": _capabilities(True),
+    }
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "driver broken: not usable for x86_64 guests\n  no  it cannot be loaded (update it)\n" in out
+    assert "driver missing: not usable for x86_64 guests\n  no  it is not there (install it)\n" in out
+    assert "  accelerator none, transports unix\n  isolates nothing\n  ok  all is well\n" in out
+    assert f"  ok  {home}/state can be written, 1.0 GiB free\n" in out
+    assert "  no  image demo for x86_64 is not on this machine (run `make image`)\n" in out
+    assert "they then go to /run/user/0/kenaz\n" in out
+    assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("usable", "argv", "code"),
+    [
+        ({"simulated": True, "qemu": False}, [], 3),
+        ({"simulated": True, "qemu": True}, [], 0),
+        ({"simulated": True}, ["--driver", "simulated"], 0),
+        ({"simulated": True, "qemu": False}, ["--driver", "qemu"], 3),
+    ],
+)
+def test_doctor_succeeds_when_something_real_can_run(
+    drivers: dict[str, Capabilities], capsys: Capture, usable: dict[str, bool], argv: list[str], code: int
+) -> None:
+    drivers |= {name: _capabilities(here) for name, here in usable.items()}
+    assert main(["doctor", *argv]) == code
+    assert ("nothing here can run a session" in capsys.readouterr().out) == (code == 3)
+
+
+def test_doctor_as_json(drivers: dict[str, Capabilities], capsys: Capture, home: Path) -> None:
+    drivers["qemu"] = _capabilities(False)
+    put_image(home / "cache/images/demo/x86_64")
+    assert main(["doctor", "--json"]) == 3
+    data = json.loads(capsys.readouterr().out)
+    assert (data["ok"], data["arch"]) == (False, "x86_64")
+    assert data["drivers"] == [
+        {
+            "name": "qemu",
+            "usable": False,
+            "accelerator": "none",
+            "transports": ["unix"],
+            "isolates": True,
+            "reasons": [{"ok": False, "text": "it is not there", "mend": "install it"}],
+        }
+    ]
+    assert [part["name"] for part in data["host"]] == ["state", "cache", "sockets", "image"]
+    assert data["host"][3] == {
+        "name": "image",
+        "ok": True,
+        "text": "image demo:1.0 for x86_64 is here",
+        "mend": None,
+    }
+
+
+def test_doctor_of_an_unknown_driver(drivers: dict[str, Capabilities], capsys: Capture) -> None:
+    drivers["qemu"] = _capabilities(True)
+    assert main(["doctor", "--driver", "qmu"]) == 2
+    assert "there is no driver 'qmu' (did you mean `qemu`?)" in capsys.readouterr().err
+
+
+def test_doctor_finds_directories_that_cannot_be_used(
+    drivers: dict[str, Capabilities], capsys: Capture, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(doctor.ROOM // 2))
+    reason = doctor.directory_reason(home / "a/b", "move")
+    assert (reason.ok, reason.mend) == (False, "make room, at least 1 GiB; or move")
+    assert reason.text == f"{home}/a/b can be written, 0.5 GiB free"
+    (home / "file").touch()
+    reason = doctor.directory_reason(home / "file/below", "move")
+    assert (reason.ok, reason.mend) == (False, "move")
+    assert "cannot be written: Not a directory" in reason.text
+
+
+@pytest.mark.parametrize(
+    ("state", "runtime", "ok", "words"),
+    [
+        ("/s", "/r", True, "short enough in the state directory"),
+        ("/" + "s" * 60, "/r", True, "they then go to /r/kenaz"),
+        ("/" + "s" * 60, "/" + "r" * 60, False, "a socket's path would be too long"),
+    ],
+)
+def test_doctor_measures_the_paths_of_sockets(
+    drivers: dict[str, Capabilities],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    runtime: str,
+    ok: bool,
+    words: str,
+) -> None:
+    monkeypatch.setenv("KENAZ_STATE_DIR", state)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+    found = dict(doctor.examine_host("x86_64"))["sockets"]
+    assert found.ok is ok
+    assert words in found.text
+
+
+# --- image --------------------------------------------------------------------------------------------------
+
+
+def test_image_ls(capsys: Capture, home: Path) -> None:
+    manifest = put_image(home / "cache/images/demo/x86_64")
+    (put_image(home / "cache/images/other/x86_64")).write_text("{}")
+    put_image(home / "cache/images/.download-1/x86_64")
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    assert main(["image", "ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "TAG", "ARCH", "SIZE", "STATUS", "DIGEST"]
+    assert lines[1].split() == ["demo", "1.0", "x86_64", "0.0", "MiB", "here", digest[:12]]
+    assert lines[2].split() == ["other", "-", "x86_64", "-", "damaged", "-"]
+    assert lines[3].split() == ["demo", "-", "aarch64", "-", "missing", "-"]
+    assert lines[4].startswith("other for x86_64: ")
+    assert lines[5] == "demo for aarch64: run `make image-aarch64`"
+    assert main(["image", "ls", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed[0] == {
+        "name": "demo",
+        "tag": "1.0",
+        "arch": "x86_64",
+        "size": 412,
+        "status": "here",
+        "digest": f"sha256:{digest}",
+        "hint": None,
+    }
+    assert listed[2] == {
+        "name": "demo",
+        "tag": None,
+        "arch": "aarch64",
+        "size": None,
+        "status": "missing",
+        "digest": None,
+        "hint": "run `make image-aarch64`",
+    }
+
+
+def test_image_pull_and_verify(capsys: Capture, home: Path) -> None:
+    manifest = put_image(home / "elsewhere")
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    assert main(["image", "pull", manifest.as_uri(), "--sha256", digest]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"demo:1.0 x86_64 sha256:{digest}\n"
+    assert err.splitlines() == [f"{name} 100% of 0.0 MiB" for name in PARTS]
+    assert main(["image", "pull", "demo"]) == 0
+    assert "is here already" in capsys.readouterr().out
+    assert main(["image", "verify", "demo"]) == 0
+    assert capsys.readouterr().out == f"demo:1.0 x86_64 sha256:{digest}: ok\n"
+    (home / "cache/images/demo/x86_64/kernel").write_bytes(b"KERNEL")
+    assert main(["image", "verify", "demo"]) == 1
+    assert "its SHA-256 differs (get the image again)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["pull", "demo"], 1, "image demo for x86_64 is not on this machine (run `make image`)"),
+        (["pull", "file:///nowhere/image.json"], 1, "could not be fetched"),
+        (["pull", "https://127.0.0.1/image.json"], 1, "is not fetched without the manifest's SHA-256"),
+        (["pull", "ftp://127.0.0.1/image.json"], 1, "cannot be fetched"),
+        (["verify", "demo", "--arch", "aarch64"], 1, "(run `make image-aarch64`)"),
+        ([], 2, "the following arguments are required: ACTION"),
+    ],
+)
+def test_image_fails_in_one_line(capsys: Capture, argv: list[str], code: int, message: str) -> None:
+    assert main(["image", *argv]) == code
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.01, 0.2, 0.21])
+    monkeypatch.setattr("kenaz_engine.cli.image.time.monotonic", lambda: next(clock))
+    out = Terminal()
+    progress = image.Progress(out)
+    for done in (0, 1, 2, 4):
+        progress.report("root", done, 4)
+    progress.close()
+    drawn = out.getvalue().split("\r\x1b[K")
+    assert [line.split("]")[0].count("#") for line in drawn] == [0, 0, 15, 30]
+    assert drawn[-1] == f"[{'#' * 30}] root 100% of 0.0 MiB\n"
+
+
+def test_an_unfinished_bar_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Terminal()
+    progress = image.Progress(out)
+    progress.report("root", 1, 4)
+    progress.close()
+    assert out.getvalue().endswith(" 25% of 0.0 MiB\n")
+
+
+def test_elsewhere_a_line_at_each_quarter() -> None:
+    out = io.StringIO()
+    progress = image.Progress(out)
+    for done in range(9):
+        progress.report("root", done, 8)
+    progress.report("empty", 0, 0)
+    progress.close()
+    shares = [line.split("%")[0].split()[-1] for line in out.getvalue().splitlines()]
+    assert shares == ["25", "50", "75", "100", "100"]
