@@ -25,5 +25,7 @@ class CommandError(Exception):
 
 
 def complain(message: str, hint: str = "") -> None:
-    """One line for a person, on standard error."""
-    print(f"kenaz-launcher: {message}" + (f" ({hint})" if hint else ""), file=sys.stderr)
+    """One line for a person, on standard error. Names of files and the like cannot steer the terminal."""
+    from kenaz_engine.cli.output import plain
+
+    print(plain(f"kenaz-launcher: {message}" + (f" ({hint})" if hint else "")), file=sys.stderr)

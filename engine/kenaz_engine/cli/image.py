@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 import trio
 
-from kenaz_engine.cli.failures import FAILED, SUCCESS, CommandError
+from kenaz_engine.cli.failures import FAILED, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.output import columns, cut, plain, print_json, table
 from kenaz_engine.images.catalog import (
     Image,
@@ -129,6 +130,10 @@ def _pull(arguments: argparse.Namespace) -> None:
         image = find_image(arguments.image, native_arch(), default_cache())
         print(f"{image.name}:{image.tag} {image.arch} {image.digest} is here already")
         return
+    try:
+        urlsplit(arguments.image)
+    except ValueError as error:
+        raise CommandError(f"{arguments.image} is no URL: {error}", code=USAGE) from None
     from kenaz_engine.images.fetch import download_image
 
     progress = Progress(sys.stderr)

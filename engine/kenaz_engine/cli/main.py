@@ -93,8 +93,10 @@ def _failed(exc: Exception, *, debug: bool) -> int:
         traceback.print_exception(exc)
     faults = getattr(exc, "faults", None)
     if faults is not None:
+        from kenaz_engine.cli.output import plain
+
         for fault in faults:
-            print(fault, file=sys.stderr)
+            print(plain(str(fault)), file=sys.stderr)
         return USAGE
     hint = getattr(exc, "hint", None)
     if hint is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kenaz_engine.cli.failures import SUCCESS, USAGE
-from kenaz_engine.cli.output import Paint, print_json
+from kenaz_engine.cli.output import Paint, plain, print_json
 from kenaz_engine.cli.specfiles import kind_of, load_anywhere
 from kenaz_engine.lifecycle.analysis import abort_bound
 from kenaz_engine.lifecycle.loader import load_lifecycle
@@ -117,13 +117,13 @@ def _show(report: Report) -> None:
         for fault in report.faults:
             print(fault_line(fault, paint), file=sys.stderr, flush=True)
     if report.ok:
-        print(f"{report.file}: {Paint(sys.stdout)('ok', 'green')}: {_summary(report)}", flush=True)
+        print(f"{plain(report.file)}: {Paint(sys.stdout)('ok', 'green')}: {_summary(report)}", flush=True)
 
 
 def fault_line(fault: Fault, paint: Paint) -> str:
     """A fault as compilers print theirs: the place first, and a warning called one."""
-    place = str(fault.place)
-    rest = str(fault).removeprefix(f"{place}: ")
+    place = plain(str(fault.place))
+    rest = plain(str(fault)).removeprefix(f"{place}: ")
     warning = paint("warning: ", "yellow") if fault.level == "warning" else ""
     return f"{paint(place, 'bold')}: {warning}{rest}"
 
