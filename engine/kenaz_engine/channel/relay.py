@@ -251,7 +251,7 @@ class GuestChannel:
     async def serve(self, harness: HarnessLink) -> ServeEnd:
         """Relays both ways until the harness ends the session or the guest is gone.
 
-        A guest that is gone is not the end of a session's work: what it means is for whoever runs `run` to say.
+        That the guest is gone says nothing of how the session fares: whoever runs `run` hears that from it.
         May be cancelled at any await: no frame is lost or doubled, and another `serve` with the same harness
         or a `drain` may follow. Raises ProtocolViolation for either side.
         """
