@@ -325,11 +325,16 @@ class Activities:
             self._harness = await self._connect()
             await work.start(partial(_own_harness, self._harness))
         end = await self._channel.serve(self._harness)
+        if end.by == "guest":
+            # How it left is an event of its own, and decides.
+            await trio.sleep_forever()
         return {"by": end.by}
 
     async def _drain(self, work: Work) -> None:
         assert self._channel is not None
-        await self._channel.drain(work.timeout or 0.0)
+        end = await self._channel.drain(work.timeout or 0.0)
+        if isinstance(end, Lost):
+            await trio.sleep_forever()
 
     async def _stop_machine(self, work: Work) -> None:
         if self._machine is not None:
