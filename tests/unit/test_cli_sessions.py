@@ -29,7 +29,9 @@ RECORDS: list[tuple[str, dict[str, Any]]] = [
     ("header", HEADER),
     ("entered", {"state": "booting", "entry": 1, "activity": "vm.start", "timeout": 60.0}),
     ("intent", {"id": 1, "resource": "vm", "type": "machine", "intent": {"driver": "qemu", "argv": ["x"]}}),
-    ("acquired", {"id": 1, "resource": "vm", "type": "machine", "handle": {"pid": 7}}),
+    ("acquired", {"id": 1, "resource": "vm", "type": "machine", "handle": {"pid": 7, "argv": []}}),
+    ("acquired", {"id": 2, "resource": "disk", "type": "file", "handle": {"path": "/d", "inode": 3}}),
+    ("event", {"type": "done", "data": {"acquired": {"disk": 2}, "clock": {}, "clean": True}}),
     ("event", {"type": "error", "data": {"message": "it\x1b[2J broke", "hint": ""}}),
     ("decision", {"state": "booting", "reason": "stale"}),
     ("decision", {"state": "killing", "verdict": "VM did not start"}),
@@ -37,7 +39,7 @@ RECORDS: list[tuple[str, dict[str, Any]]] = [
     ("entered", {"state": "killing", "entry": 2, "activity": "vm.kill", "timeout": None}),
     ("activity", {"activity": "vm.start", "entry": 1, "ended": "cancelled"}),
     ("note", {"about": "release", "id": 1, "error": "no"}),
-    ("channel", {"message": "hello", "size": 5}),
+    ("channel", {"message": "hello", "size": 0}),
     ("released", {"id": 1, "resource": "vm", "type": "machine"}),
 ]
 FAILED = (
@@ -51,16 +53,18 @@ SHOWN = """\
      1.000  entered booting: vm.start, at most 60 s
      2.000  makes the vm (driver=qemu)
      3.000  holds the vm (pid=7)
-     4.000  event error (message=it\\x1b[2J broke)
-     5.000    nothing follows: stale
-     6.000    leads to killing, failed: VM did not start
-     7.000  attempt 2 in 1.5 s
-     8.000  entered killing: vm.kill, no deadline
-     9.000  vm.start cancelled
-    10.000  note release (id=1, error=no)
-    11.000  channel (message=hello, size=5)
-    12.000  gave back the vm
-    13.000  ended in failed, failure: VM did not start; left behind: vm
+     4.000  holds the disk (path=/d)
+     5.000  event done (acquired={"disk": 2}, clean=true)
+     6.000  event error (message=it\\x1b[2J broke)
+     7.000    nothing follows: stale
+     8.000    leads to killing, failed: VM did not start
+     9.000  attempt 2 in 1.5 s
+    10.000  entered killing: vm.kill, no deadline
+    11.000  vm.start cancelled
+    12.000  note release (id=1, error=no)
+    13.000  channel (message=hello, size=0)
+    14.000  gave back the vm
+    15.000  ended in failed, failure: VM did not start; left behind: vm
 """
 
 
@@ -119,7 +123,7 @@ def test_ps_tells_the_living_from_the_dead(
 ) -> None:
     monkeypatch.setattr("kenaz_engine.cli.ps.time.time", lambda: STARTED + 190)
     alive = sessions.put("alive", *RECORDS[:2], alive=True)
-    dead = sessions.put("dead", *RECORDS[:7])
+    dead = sessions.put("dead", *RECORDS[:9])
     ended = sessions.put("done", *RECORDS, FAILED)
     empty = sessions.put("empty")
     (sessions.home / "sessions" / ".creating").touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -168,14 +169,20 @@ def _end(record: Mapping[str, Any]) -> str:
 
 
 def _short(fields: Any) -> dict[str, Any]:
-    """Of an intent or a handle what fits a line: a list, such as a command line, does not."""
+    """Of an intent or a handle what a person looks for: the path where it has one, and nothing long."""
     if not isinstance(fields, Mapping):
         return {}
+    if "path" in fields:
+        return {"path": fields["path"]}
     return {name: value for name, value in fields.items() if isinstance(value, str | int)}
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _pairs(fields: Any) -> str:
     if not isinstance(fields, Mapping):
         return ""
-    pairs = [f"{key}={value}" for key, value in fields.items() if value is not None and value != ""]
+    pairs = [f"{key}={_value(value)}" for key, value in fields.items() if value not in (None, "", [], {})]
     return f" ({', '.join(pairs)})" if pairs else ""
