@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,3 +174,42 @@ def test_ctrl_c_ends_follow(environment: dict[str, str], tmp_path: Path) -> None
             assert process.wait(BOUND) == 130
             assert process.stderr is not None
             assert process.stderr.read() == b""
+
+
+def test_a_living_session_is_seen_followed_and_ended(
+    launch: Launch, environment: dict[str, str], tmp_path: Path
+) -> None:
+    address = tmp_path / "harness.sock"
+    overrides = ["--set", "spec.driver=process", "--set", "spec.timeouts.draining=300ms"]
+    argv = ["run", "specs/sessions/hello.yaml", "--session-id", "live-1", "--json", *overrides]
+    pipes = {"stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
+    # A harness that says nothing: the session serves until it is asked to end, and drains in vain.
+    with socket.socket(socket.AF_UNIX) as harness:
+        harness.bind(os.fspath(address))
+        harness.listen()
+        with subprocess.Popen([LAUNCHER, *argv, "--harness", f"unix:{address}"], **pipes) as session:
+            try:
+                assert session.stdout is not None
+                while json.loads(session.stdout.readline()).get("activity") != "session.serve":
+                    pass
+                with subprocess.Popen([LAUNCHER, "logs", "live", "-f"], **pipes) as followed:
+                    (listed,) = json.loads(launch("ps", "--json").stdout)
+                    assert (listed["id"], listed["status"], listed["state"]) == (
+                        "live-1",
+                        "running",
+                        "running",
+                    )
+                    done = launch("end", "live", "--wait")
+                    assert (done.returncode, done.stdout, done.stderr) == (0, "live-1: succeeded\n", "")
+                    said, _ = followed.communicate(timeout=BOUND)
+                assert followed.returncode == 0
+                assert said.splitlines()[-1].endswith("ended in ended, success")
+                session.communicate(timeout=BOUND)
+                assert session.returncode == 0
+            finally:
+                session.terminate()
+    assert launch("ps", "--json").stdout == "[]\n"
+    done = launch("end", "live-1")
+    assert (done.returncode, done.stderr) == (1, "kenaz-launcher: session live-1 has ended already\n")
+    records = (tmp_path / "state/sessions/live-1/journal.jsonl").read_text()
+    assert launch("logs", "live-1", "--json").stdout == records
