@@ -26,34 +26,35 @@ SMALL = st.integers(0, 3)
 
 
 def _schemas(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries(
-        {},
-        optional={
-            "title": st.just("t"),
-            "type": TYPES | st.lists(TYPES, min_size=1, max_size=2, unique=True),
-            "enum": st.lists(SCALARS, min_size=1, max_size=3),
-            "const": SCALARS,
-            "if": inner,
-            "then": inner,
-            "else": inner,
-            "properties": st.dictionaries(NAMES, inner, max_size=3),
-            "additionalProperties": inner,
-            "propertyNames": inner,
-            "required": st.lists(NAMES, max_size=2, unique=True),
-            "minProperties": SMALL,
-            "maxProperties": SMALL,
-            "items": inner,
-            "minItems": SMALL,
-            "maxItems": SMALL,
-            "pattern": st.sampled_from(["a", "^[a-c]", "[0-9]$"]),
-            "minLength": SMALL,
-            "maxLength": SMALL,
-            "minimum": st.integers(-2, 2),
-            "maximum": st.integers(-2, 2),
-            "$ref": st.just("#/$defs/one"),
-            "x-kenaz-form": st.just("words"),
-        },
-    )
+    keywords: dict[str, st.SearchStrategy[Any]] = {
+        "title": st.just("t"),
+        "type": TYPES | st.lists(TYPES, min_size=1, max_size=2, unique=True),
+        "enum": st.lists(SCALARS, min_size=1, max_size=3),
+        "const": SCALARS,
+        "if": inner,
+        "then": inner,
+        "else": inner,
+        "properties": st.dictionaries(NAMES, inner, max_size=3),
+        "additionalProperties": inner,
+        "propertyNames": inner,
+        "required": st.lists(NAMES, max_size=2, unique=True),
+        "minProperties": SMALL,
+        "maxProperties": SMALL,
+        "items": inner,
+        "minItems": SMALL,
+        "maxItems": SMALL,
+        "pattern": st.sampled_from(["a", "^[a-c]", "[0-9]$"]),
+        "minLength": SMALL,
+        "maxLength": SMALL,
+        "minimum": st.integers(-2, 2),
+        "maximum": st.integers(-2, 2),
+        "$ref": st.just("#/$defs/one"),
+        "x-kenaz-form": st.just("words"),
+    }
+    # A few at a time: of many keywords, one always says no.
+    few = st.lists(st.sampled_from(sorted(keywords)), max_size=3, unique=True)
+    branches = st.fixed_dictionaries({key: keywords[key] for key in ("if", "then", "else")})
+    return branches | few.flatmap(lambda keys: st.fixed_dictionaries({key: keywords[key] for key in keys}))
 
 
 LEAVES = st.booleans() | st.fixed_dictionaries({}, optional={"type": TYPES, "const": SCALARS})

@@ -50,6 +50,9 @@ def test_a_format_is_asked_for() -> None:
         (1, {"const": True}, False),
         (1.0, {"const": 1}, True),
         (True, {"minimum": 5}, True),
+        (1, {"if": {"type": "integer"}, "then": True, "else": False}, True),
+        ("a", {"if": {"type": "integer"}, "then": True, "else": False}, False),
+        ("a", {"if": {"type": "integer"}, "then": False}, True),
         ("abc", {"maxItems": 0, "maxProperties": 0, "maximum": 0}, True),
     ],
 )
