@@ -62,6 +62,9 @@ LAST_WORDS = 1.0
 EXIT_GRACE = 0.25
 """Seconds to wait for the machine's exit before a lost channel is put as such."""
 
+PRESS_AGAIN = 2.0
+"""Seconds after which the power button is pressed again."""
+
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
 
@@ -337,9 +340,13 @@ class Activities:
             await trio.sleep_forever()
 
     async def _stop_machine(self, work: Work) -> None:
-        if self._machine is not None:
-            await self._machine.powerdown()
-            await self._machine.wait()
+        """Presses the power button until the machine is gone: a guest still starting hears no press."""
+        machine = self._machine
+        while machine is not None and not self._machine_exited.is_set():
+            await machine.powerdown()
+            with trio.move_on_after(PRESS_AGAIN):
+                await machine.wait()
+                return
 
     async def _kill_machine(self, work: Work) -> None:
         if self._machine is not None:
