@@ -37,7 +37,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # also one that comes while modules are imported
+        return INTERRUPTED
+
+
+def _dispatch(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files may be no text in the terminal's encoding; stderr has this already.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -73,8 +79,6 @@ def _guarded(run: object, arguments: argparse.Namespace) -> int:
     except CommandError as exc:
         complain(str(exc), exc.hint)
         return exc.code
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone. What is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
