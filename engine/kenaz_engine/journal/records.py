@@ -38,6 +38,7 @@ DURABLE = frozenset({"header", "intent", "acquired", "released", "end"})
 GENESIS = hashlib.sha256(b"").hexdigest()
 """`prev` of the header."""
 
+_decode = json.JSONDecoder().raw_decode
 _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -70,9 +71,12 @@ class Decoder:
         """The record of one line (without its newline). Raises Damaged."""
         number = self._seq + 1
         try:
-            record = json.loads(line)
+            text = line.decode("ascii")
+            record, end = _decode(text)
         except (ValueError, RecursionError):
             raise Damaged(number, "is not JSON") from None
+        if end != len(text):
+            raise Damaged(number, "is not JSON")
         if not isinstance(record, dict):
             raise Damaged(number, "is not a record")
         if self._seq == 0 and (record.get("kind") != "header" or record.get("format") != FORMAT):

@@ -44,7 +44,7 @@ def from_data(data: Any, place_of: Callable[[Path], Place] = lambda _: Place("<d
 def to_data(lifecycle: Lifecycle) -> dict[str, Any]:
     """The lifecycle as plain JSON data, from which `from_data` makes an equal one, but for file and lines.
 
-    Times are rounded to milliseconds.
+    Times are rounded to milliseconds. `lines` has the lines.
     """
     metadata = {"name": lifecycle.name, "description": lifecycle.description}
     data: dict[str, Any] = {
@@ -59,6 +59,27 @@ def to_data(lifecycle: Lifecycle) -> dict[str, Any]:
     if lifecycle.any:
         data["any"] = _transitions_data(lifecycle.any)
     return data
+
+
+def lines(lifecycle: Lifecycle) -> dict[str, int]:
+    """The line of each state and transition, by JSON Pointer into what `to_data` gives."""
+    found: dict[Path, int] = {("states", name): state.line for name, state in lifecycle.states.items()}
+    tables: dict[Path, Mapping[str, tuple[Arm, ...]]] = {
+        ("states", name, "on"): state.on for name, state in lifecycle.states.items()
+    }
+    for path, table in {**tables, ("any",): lifecycle.any}.items():
+        found |= {(*path, event, i): arm.line for event, arms in table.items() for i, arm in enumerate(arms)}
+    return {_pointer(path): line for path, line in found.items() if line}
+
+
+def places(lines: Mapping[str, int], file: str) -> Callable[[Path], Place]:
+    """For `from_data`: where things stood in `file`, from what `lines` gave."""
+    return lambda path: Place(file, lines.get(_pointer(path), 0))
+
+
+def _pointer(path: Path) -> str:
+    """Names in a lifecycle have none of the characters that a JSON Pointer would have to escape."""
+    return "".join(f"/{step}" for step in path)
 
 
 # --- from data ----------------------------------------------------------------------------------------------

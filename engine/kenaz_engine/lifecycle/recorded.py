@@ -1,11 +1,28 @@
-"""Events and decisions as the fields of journal records, and events back from them."""
+"""Lifecycles, events and decisions as the fields of journal records, and back from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from kenaz_engine.lifecycle import loader
 from kenaz_engine.lifecycle.machine import Decision, Event
+from kenaz_engine.lifecycle.model import Lifecycle
+
+
+def lifecycle_fields(lifecycle: Lifecycle) -> dict[str, Any]:
+    """The fields of a `header` that a replay decides by."""
+    return {"lifecycle": loader.to_data(lifecycle), "lines": loader.lines(lifecycle)}
+
+
+def lifecycle_from(header: Mapping[str, Any], file: str) -> Lifecycle:
+    """The lifecycle of a `header`, with the lines of the file that it was read from. Raises InvalidFile.
+
+    `file` names the journal, for messages.
+    """
+    given = header.get("lines")
+    lines = {k: n for k, n in given.items() if type(n) is int} if isinstance(given, dict) else {}
+    return loader.from_data(header.get("lifecycle"), loader.places(lines, file))
 
 
 def event_fields(event: Event) -> dict[str, Any]:

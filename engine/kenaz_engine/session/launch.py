@@ -13,8 +13,8 @@ from kenaz_engine import __version__
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.journal.records import FORMAT
 from kenaz_engine.journal.writer import Journal
-from kenaz_engine.lifecycle.loader import to_data
 from kenaz_engine.lifecycle.machine import Event, Machine
+from kenaz_engine.lifecycle.recorded import lifecycle_fields
 from kenaz_engine.session.activities import Activities, Connect
 from kenaz_engine.session.control import serve_control
 from kenaz_engine.session.directory import (
@@ -136,7 +136,7 @@ def _header(prepared: Prepared) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "spec": describe(prepared.resolved),
-        "lifecycle": to_data(prepared.lifecycle),
+        **lifecycle_fields(prepared.lifecycle),
         "driver": prepared.driver.name,
         "accelerator": capabilities.accelerator,
         "deadline_scale": capabilities.deadline_scale,
