@@ -35,7 +35,10 @@ def driver_names() -> tuple[str, ...]:
 
 def load(name: str) -> Driver:
     """The driver of that name. Raises DriverError when there is none, or when it is broken."""
-    entries = _entries()
+    return _load(name, _entries())
+
+
+def _load(name: str, entries: Mapping[str, EntryPoint]) -> Driver:
     if name not in entries:
         close = difflib.get_close_matches(name, entries, n=1)
         guess = f"did you mean {close[0]}? " if close else ""
@@ -72,11 +75,12 @@ async def choose(
     """
     considered: list[tuple[str, Capabilities]] = []
     usable: list[tuple[Driver, Capabilities]] = []
-    for name in auto_order(driver_names()):
+    entries = _entries()
+    for name in auto_order(tuple(sorted(entries))):
         if name == LAST_RESORT and usable:
             break
         try:
-            driver = load(name)
+            driver = _load(name, entries)
             capabilities = await driver.probe(arch, options.get(name, {}))
         except DriverError as error:
             broken = (Reason(False, str(error), error.hint),)
