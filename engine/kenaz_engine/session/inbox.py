@@ -34,13 +34,21 @@ class Inbox:
     """Events waiting to be decided. Anyone may put; only the runner takes.
 
     With `settle` (virtual time), taking waits until every task is blocked and orders equal stamps by
-    SIMULTANEOUS, so that the schedule of tasks does not show in the journal.
+    SIMULTANEOUS, or with `opposite` the other way round, so that the schedule of tasks does not show in the
+    journal. `ties` counts how often there were equal stamps to order.
     """
 
-    def __init__(self, *, settle: bool = False) -> None:
+    def __init__(self, *, settle: bool = False, opposite: bool = False) -> None:
+        self.ties = 0
         self._waiting: list[Stamped] = []
         self._put = trio.Event()
         self._settle = settle
+        self._opposite = opposite
+
+    @property
+    def waiting(self) -> tuple[Stamped, ...]:
+        """What was put and not yet taken, in the order of putting."""
+        return tuple(self._waiting)
 
     def put(self, event: Event) -> None:
         """Puts an event, stamped with the time of now. Never blocks."""
@@ -56,9 +64,15 @@ class Inbox:
         ready = [s for s in self._waiting if s.at <= until]
         if not ready:
             return None
-        first = min(ready, key=_rank) if self._settle else ready[0]
+        first = self._first(ready) if self._settle else ready[0]
         self._waiting.remove(first)
         return first.event
+
+    def _first(self, ready: list[Stamped]) -> Stamped:
+        earliest = min(stamped.at for stamped in ready)
+        equal = [stamped for stamped in ready if stamped.at == earliest]
+        self.ties += len(equal) > 1
+        return max(equal, key=_rank) if self._opposite else min(equal, key=_rank)
 
     async def wait(self, *, until: float = math.inf) -> None:
         """Returns when an event is put from now on, or at `until`."""
@@ -77,8 +91,8 @@ class Inbox:
             await trio.lowlevel.checkpoint()
 
 
-def _rank(stamped: Stamped) -> tuple[float, int, str, int, str]:
+def _rank(stamped: Stamped) -> tuple[int, str, int, str]:
     """Total, so that nothing is left to the order in which tasks happened to run."""
     event = stamped.event
     place = SIMULTANEOUS.index(event.type) if event.type in SIMULTANEOUS else len(SIMULTANEOUS)
-    return stamped.at, place, event.type, event.id or 0, repr(sorted(event.data.items()))
+    return place, event.type, event.id or 0, repr(sorted(event.data.items()))

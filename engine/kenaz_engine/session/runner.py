@@ -129,7 +129,8 @@ class Outcome:
 class Runner:
     """One session's run.
 
-    `settle` is for virtual time: the order of simultaneous events is then fixed. `jitter` draws from [0, 1).
+    `settle` is for virtual time: the order of simultaneous events is then fixed, with `opposite` the other way
+    round. `jitter` draws from [0, 1).
     """
 
     def __init__(
@@ -140,9 +141,10 @@ class Runner:
         recorder: Recorder,
         *,
         settle: bool = False,
+        opposite: bool = False,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.inbox = Inbox(settle=settle)
+        self.inbox = Inbox(settle=settle, opposite=opposite)
         self.outcome: Outcome | None = None
         self.tracebacks: list[str] = []
         self._machine = machine
@@ -339,6 +341,8 @@ class Runner:
 
     async def _next_event(self) -> Event:
         while True:
+            if not self.inbox.waiting:
+                await self.inbox.wait(until=self._next_timer()[0])
             await self.inbox.settle()
             due, timer = self._next_timer()
             event = self.inbox.take_nowait(until=due)
@@ -346,7 +350,6 @@ class Runner:
                 return event
             if trio.current_time() >= due:
                 return Event(timer, entry=self.snapshot.entry)
-            await self.inbox.wait(until=due)
 
     def _next_timer(self) -> tuple[float, str]:
         state = self._machine.lifecycle.states[self.snapshot.state]
