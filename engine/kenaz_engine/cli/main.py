@@ -26,6 +26,8 @@ COMMANDS = {
     "validate": "check files and say everything that is wrong with them",
     "plan": "show what a session would be made of, and make nothing",
     "graph": "draw a lifecycle",
+    "explain": "say what an event would lead to in a state, and why",
+    "replay": "decide the events of journals again and compare",
     "ps": "list sessions",
     "logs": "show what happened in a session, or what its guest printed",
     "end": "ask a session to end",

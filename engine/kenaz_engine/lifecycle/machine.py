@@ -222,17 +222,17 @@ class Table(Machine):
 
     def _pick(self, snapshot: Snapshot, event: Event) -> Arm | None:
         for arm in self._arms[snapshot.state, event.type]:
-            if arm.when is None or _holds(arm.when, snapshot, event):
+            if arm.when is None or holds(arm.when, snapshot, event):
                 return arm
         return None
 
 
 def _condition(guard: Guard) -> Callable[[transitions.EventData], bool]:
-    def holds(trigger: transitions.EventData) -> bool:
+    def met(trigger: transitions.EventData) -> bool:
         cursor = cast(_Cursor, trigger.model)
-        return _holds(guard, cursor.snapshot, cursor.event)
+        return holds(guard, cursor.snapshot, cursor.event)
 
-    return holds
+    return met
 
 
 def _around(vocabulary: Vocabulary, name: str) -> tuple[str, ...]:
@@ -241,7 +241,8 @@ def _around(vocabulary: Vocabulary, name: str) -> tuple[str, ...]:
     return (outer, *_around(vocabulary, outer)) if outer else ()
 
 
-def _holds(guard: Guard, snapshot: Snapshot, event: Event) -> bool:
+def holds(guard: Guard, snapshot: Snapshot, event: Event) -> bool:
+    """Whether a guard lets `event` pass, seen from `snapshot`."""
     match guard.kind:
         case "data":
             value = event.data.get(guard.key)
@@ -257,7 +258,7 @@ def _admits(state: State, snapshot: Snapshot, event: Event) -> bool:
     retry = state.retry
     if retry is None or snapshot.attempt >= retry.attempts or event.data.get("left"):
         return False
-    return retry.when is None or _holds(retry.when, snapshot, event)
+    return retry.when is None or holds(retry.when, snapshot, event)
 
 
 def _due(snapshot: Snapshot) -> Decision:

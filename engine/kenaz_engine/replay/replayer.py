@@ -183,11 +183,10 @@ class Replayer:
     def __init__(
         self, recording: Recording, lifecycle: Lifecycle | None = None, vocabulary: Vocabulary = VOCABULARY
     ) -> None:
-        """Raises Damaged when the journal's header cannot be read; there must be one."""
-        header = recording.header
-        assert header is not None
+        """Raises Damaged when the journal's header cannot be read."""
         self._recording = recording
-        self._recorded = _recorded(recording.path, header)
+        self._recorded = recorded_lifecycle(recording)
+        header = recording.records[0]
         self._other = lifecycle is not None
         self._compares_lines = not self._other and "lines" in header
         self._lifecycle = _as_run(lifecycle, header, vocabulary) if lifecycle else self._recorded
@@ -225,9 +224,8 @@ class Replayer:
             if self._ended and kind != "note":
                 return self._misplaced(record, "nothing")
             found = take(record) if take is not None else self._take_remark(record)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            if message := _misshapen(record):
-                raise Damaged(record["seq"] + 1, message) from None
+        except MISSHAPEN:
+            check_shape(record)
             raise
         self._records += 1
         return found
@@ -554,10 +552,14 @@ _COMMON = 5
 """The fields that every record has."""
 
 
-def _recorded(path: Path, header: Record) -> Lifecycle:
+def recorded_lifecycle(recording: Recording) -> Lifecycle:
+    """The lifecycle in the header of a journal. Raises Damaged when there is none that can be read."""
+    header = recording.header
+    if header is None:
+        raise Damaged(1, "there is no header: the launcher died before it was written")
     parts = json.dumps([header.get("lifecycle"), header.get("lines", {})])
     try:
-        return _loaded(parts, str(path))
+        return _loaded(parts, str(recording.path))
     except InvalidFile as invalid:
         fault = invalid.faults[0]
         message = f"the lifecycle in the header cannot be read: {fault.path}: {fault.message}"
@@ -632,12 +634,16 @@ def _validator() -> Any:
     return Draft202012Validator(json.loads(source.read_bytes()))
 
 
-def _misshapen(record: Record) -> str:
-    """What is wrong with the form of a record; empty when nothing is. Slow: asked when something failed."""
+MISSHAPEN = (AttributeError, KeyError, TypeError, ValueError)
+"""What reading a record raises that lacks a field, or has one of another type."""
+
+
+def check_shape(record: Record) -> None:
+    """Raises Damaged when the schema does not allow the record. Slow: for when something failed."""
     from jsonschema.exceptions import best_match
 
-    error = best_match(_validator().iter_errors(dict(record)))
-    return f"is no `{record['kind']}` record: {error.message}" if error else ""
+    if error := best_match(_validator().iter_errors(dict(record))):
+        raise Damaged(record["seq"] + 1, f"is no `{record['kind']}` record: {error.message}") from None
 
 
 # --- for people ---------------------------------------------------------------------------------------------
