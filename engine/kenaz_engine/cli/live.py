@@ -5,20 +5,35 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import trio
 
 from kenaz_engine.cli.output import Paint, plain
 from kenaz_engine.session.launch import Result
-from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.prepare import Prepared
 from kenaz_engine.session.summary import phases
 
 Record = Mapping[str, Any]
 
 _TICK = 0.1
+
+
+class Output(Protocol):
+    """What a view writes to."""
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        ...
+
+    def write(self, text: str, /) -> object:
+        """Writes what will be seen at the next flush."""
+        ...
+
+    def flush(self) -> None:
+        """Shows what was written."""
+        ...
 
 
 class View(Protocol):
@@ -36,8 +51,8 @@ class View(Protocol):
         """The demo harness has seen something."""
         ...
 
-    def finish(self, result: Result, exit_code: int) -> None:
-        """The session has ended."""
+    def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
+        """The session has ended; `left` says in words what is still there of it."""
         ...
 
     async def tick(self) -> None:
@@ -48,7 +63,7 @@ class View(Protocol):
 class JsonLines:
     """Every record of the journal as a line, and a `result` at the end; see docs/reference/run-json.md."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: Output) -> None:
         self._out = out
 
     def begin(self, prepared: Prepared) -> None:
@@ -61,19 +76,19 @@ class JsonLines:
     def say(self, text: str) -> None:
         """Content is not for the stream of events."""
 
-    def finish(self, result: Result, exit_code: int) -> None:
+    def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The last line."""
         outcome = result.outcome
         self._write(
             {
                 "kind": "result",
-                "success": outcome.success,
+                "success": outcome.success and not left,
                 "exit": exit_code,
                 "verdict": outcome.verdict or outcome.internal,
                 "seconds": round(outcome.seconds, 3),
                 "journal": str(result.journal),
                 "console": list(result.console) if not outcome.success else [],
-                "left": leftovers(result.journal),
+                "left": list(left),
             }
         )
 
@@ -88,15 +103,17 @@ class JsonLines:
 class Live:
     """A line per state. On a terminal the line of the current state shows its time as it passes."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: Output) -> None:
         self._out = out
         self._terminal = out.isatty()
         self._paint = Paint(out)
         self._records: list[Record] = []
         self._state = ""
-        self._entered = 0.0
+        self._entered: float | None = None
+        self._incomplete = False
         self._since = time.monotonic()
         self._said: set[str] = set()
+        self._hint = self._hint_of_event = ""
 
     def begin(self, prepared: Prepared) -> None:
         """What will be run, and every fall-back."""
@@ -109,47 +126,61 @@ class Live:
 
     def record(self, record: Record) -> None:
         """Shows what a person wants to see of it."""
-        if record["kind"] != "channel":
+        # What came after a journal could not be written has neither number nor time.
+        self._incomplete = self._incomplete or "t" not in record
+        if record["kind"] != "channel" and "t" in record:
             self._records.append(record)
         match record["kind"]:
             case "entered":
-                self._leave(record["t"])
-                self._state, self._entered, self._since = record["state"], record["t"], time.monotonic()
+                self._leave(record.get("t"))
+                self._state, self._entered, self._since = record["state"], record.get("t"), time.monotonic()
                 self._draw()
             case "decision":
-                for text in [record.get("verdict"), *record.get("also", []), *record.get("warnings", [])]:
-                    if text and text not in self._said:
-                        self._said.add(text)
-                        self._line(self._paint(f"  ! {plain(text)}", "red"))
+                if (verdict := record.get("verdict")) and verdict not in self._said:
+                    self._hint = self._hint_of_event
+                self._complain([record.get("verdict", ""), *record.get("also", [])], "red")
+                self._complain(record.get("warnings", []), "yellow")
+            case "event":
+                data = record.get("data", {})
+                self._hint_of_event = data.get("hint", "")
+                if data.get("by") == "signal":
+                    more = "; once more to abort" if record["type"] == "end" else ""
+                    self._line(f"    interrupted: {record['type']}{more}")
             case "backoff":
                 self._line(f"    trying again in {record['seconds']:.1f} s")
             case "channel" if record.get("outcome") == "denied":
                 self._line(f"    tool {record.get('name', '')}: denied by the session's policy")
             case "end":
-                self._leave(record["t"])
+                self._leave(record.get("t"))
 
     def say(self, text: str) -> None:
         """A line of the demo harness."""
         self._line(f"    {plain(text)}")
 
-    def finish(self, result: Result, exit_code: int) -> None:
+    def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The summary."""
         outcome = result.outcome
         if not outcome.success and result.console:
             self._line("  the guest's last words:")
             for line in result.console:
                 self._line(self._paint(f"    | {plain(line)}", "dim"))
-        if outcome.success:
+        if outcome.success and not left:
             word = self._paint("succeeded", "green")
         else:
-            word = self._paint(f"failed: {outcome.verdict or outcome.internal}", "red")
+            why = outcome.verdict or outcome.internal or "something was left behind"
+            word = self._paint(f"failed: {plain(why)}", "red")
         self._line(f"{word}, {outcome.seconds:.2f} s in all")
+        if self._hint:
+            self._line(f"  what to do: {plain(self._hint)}")
+        if outcome.verdict and outcome.internal not in outcome.verdict:
+            self._line(self._paint(f"  {plain(outcome.internal)}", "red"))
+        if self._incomplete:
+            self._line(self._paint("  its record is incomplete: the end of the journal is missing", "red"))
         if parts := phases(self._records):
             self._line("  " + ", ".join(f"{phase.name} {phase.seconds:.2f} s" for phase in parts))
         self._line(f"  journal {result.journal}")
-        left = leftovers(result.journal)
         for item in left:
-            self._line(self._paint(f"  left behind: {item}", "red"))
+            self._line(self._paint(f"  left behind: {plain(item)}", "red"))
         if not left:
             self._line("  nothing left behind")
 
@@ -159,9 +190,20 @@ class Live:
             await trio.sleep(_TICK)
             self._draw()
 
-    def _leave(self, t: float) -> None:
+    def _complain(self, texts: Sequence[str], style: str) -> None:
+        """What went wrong, once each."""
+        for text in texts:
+            if text and text not in self._said:
+                self._said.add(text)
+                self._line(self._paint(f"    ! {plain(text)}", style))
+
+    def _leave(self, t: float | None) -> None:
         if self._state:
-            self._line(f"  {self._state:<12} {t - self._entered:7.2f} s")
+            if t is None or self._entered is None:
+                seconds = time.monotonic() - self._since
+            else:
+                seconds = t - self._entered
+            self._line(f"  {self._state:<12} {seconds:7.2f} s")
             self._state = ""
 
     def _draw(self) -> None:

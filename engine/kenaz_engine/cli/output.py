@@ -6,15 +6,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 _CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
+
+
+class Stream(Protocol):
+    """What can tell whether it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Whether it is."""
+        ...
 
 
 class Paint:
     """Colours for one stream: on a terminal, and not where NO_COLOR is set or the terminal is dumb."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Stream) -> None:
         wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.on = wanted and stream.isatty()
 

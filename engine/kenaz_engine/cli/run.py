@@ -6,7 +6,9 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import trio
 
@@ -14,8 +16,10 @@ from kenaz_engine.channel.harness import DemoHarness, HarnessLink, connect_harne
 from kenaz_engine.cli.failures import ENVIRONMENT, FAILED, INTERRUPTED, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.live import JsonLines, Live, View
 from kenaz_engine.session.activities import Connect
+from kenaz_engine.session.directory import DirectoryError
 from kenaz_engine.session.guest import channel_limits
-from kenaz_engine.session.launch import Session
+from kenaz_engine.session.launch import Result, Session
+from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.prepare import prepare
 from kenaz_engine.spec.files import read
 from kenaz_engine.spec.resolve import ResolvedSession, load_session
@@ -49,20 +53,36 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int:
     prepared = await prepare(resolved)
-    view: View = JsonLines(sys.stdout) if arguments.json else Live(sys.stdout)
+    out = _Output(sys.stdout)
+    view: View = JsonLines(out) if arguments.json else Live(out)
     view.begin(prepared)
     session = Session(prepared, _connector(arguments.harness, view, prepared.resolved), (view.record,))
+    out.on_loss = lambda: session.request("end", "output")
     signals = _Signals(session)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(signals.watch)
-        nursery.start_soon(view.tick)
-        result = await session.run()
-        nursery.cancel_scope.cancel()
-    code = INTERRUPTED if signals.seen else SUCCESS if result.outcome.success else FAILED
-    view.finish(result, code)
+    result = await _watched(session, signals, view)
+    left = leftovers(result.journal, result.outcome.left)
+    succeeded = result.outcome.success and not left
+    code = INTERRUPTED if signals.seen else SUCCESS if succeeded else FAILED
+    view.finish(result, code, left)
     if arguments.debug:
         sys.stderr.writelines(result.tracebacks)
     return code
+
+
+async def _watched(session: Session, signals: _Signals, view: View) -> Result:
+    """Runs the session between signals and view. Raises DirectoryError by itself, not in a group."""
+    result: Result | DirectoryError
+    async with trio.open_nursery() as nursery:
+        await nursery.start(signals.watch)
+        nursery.start_soon(view.tick)
+        try:
+            result = await session.run()
+        except DirectoryError as exc:
+            result = exc
+        nursery.cancel_scope.cancel()
+    if isinstance(result, DirectoryError):
+        raise result
+    return result
 
 
 def _connector(address: str | None, view: View, resolved: ResolvedSession) -> Connect:
@@ -83,6 +103,42 @@ def _check_harness(address: str) -> None:
         raise CommandError(f"--harness: nothing is at {path}", "start the harness first", ENVIRONMENT)
     if not Path(path).is_socket():
         raise CommandError(f"--harness: {path} is not a socket", code=USAGE)
+
+
+class _Output:
+    """A stream whose reader may go (`| head`, a closed terminal) without taking the clean-up with it.
+
+    `on_loss` is called once, when that shows; from then on nothing is written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lost = False
+        self.on_loss: Callable[[], None] = lambda: None
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._stream.isatty()
+
+    def write(self, text: str) -> None:
+        """Writes what will be seen at the next flush."""
+        self._guarded(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        """Shows what was written."""
+        self._guarded(self._stream.flush)
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            # What the stream still holds must not raise again, at the latest when Python ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if not self._lost:
+                self._lost = True
+                self.on_loss()
 
 
 class _Signals:

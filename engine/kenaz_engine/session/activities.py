@@ -30,10 +30,12 @@ from kenaz_engine.channel.relay import (
     Report,
     Violated,
     handshake,
+    refuse,
 )
-from kenaz_engine.channel.transports import Listener, TransportError
+from kenaz_engine.channel.transports import Accepted, Listener, TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
+from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.catalog import default_cache, find_image
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
 from kenaz_engine.images.disks import create_overlay
@@ -64,6 +66,9 @@ EXIT_GRACE = 0.25
 
 PRESS_AGAIN = 2.0
 """Seconds after which the power button is pressed again."""
+
+ALARMS = frozenset({"guest.panic", "guest.emergency", "firmware.shell"})
+"""Names of console patterns after which a guest cannot go on; see docs/decisions/0009-console-alarms.md."""
 
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
@@ -102,9 +107,12 @@ class Activities:
         self._image: Image | None = None
         self._listener: Listener | None = None
         self._machine: Machine | None = None
+        self._machine_ready_or_not = trio.Event()
         self._machine_exited = trio.Event()
         self._machine_gone = trio.Event()
         self._channel: GuestChannel | None = None
+        self._channel_released = False
+        self._channel_wanted = trio.Event()
         self._channel_ended = trio.Event()
 
     def table(self) -> dict[str, ActivityFunction]:
@@ -207,7 +215,8 @@ class Activities:
             os.close(claim.file)
 
     async def _start_machine(self, work: Work) -> None:
-        plan = self._prepared.driver.plan(launch_request(self._prepared, self._layout, self._image, cid=None))
+        cid = self._claim.cid if self._claim else None
+        plan = self._prepared.driver.plan(launch_request(self._prepared, self._layout, self._image, cid=cid))
 
         async def make() -> tuple[Made, Machine]:
             machine = await work.start(partial(self._own_machine, plan, work.ledger.last, work))
@@ -216,7 +225,10 @@ class Activities:
         uses = ("disk", "config", "socket")
         intent = {"driver": plan.driver, "argv": list(plan.argv)}
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses, bound=MACHINE_BOUND)
-        await machine.ready()
+        try:
+            await machine.ready()
+        finally:
+            self._machine_ready_or_not.set()
 
     async def _own_machine(
         self, plan: LaunchPlan, ledger_id: int, work: Work, *, task_status: trio.TaskStatus[Machine]
@@ -227,8 +239,7 @@ class Activities:
             data = {"pattern": name, "message": line[:200]}
             work.put(Event("guest.panic", data, id=ledger_id))
 
-        patterns = [(p.event, p.pattern) for p in self._image.console_patterns] if self._image else []
-        self._console = Console(self._layout.directory / "console.log", patterns, alarm)
+        self._console = Console(self._layout.directory / "console.log", self._patterns(), alarm)
         descriptors = {"vhost-vsock": self._claim.file} if self._claim else {}
         try:
             launching = self._prepared.driver.launch(plan, descriptors)
@@ -239,7 +250,10 @@ class Activities:
                 nursery.start_soon(self._read_console, machine)
                 ended = await machine.wait()
                 self._machine_exited.set()
+                self._channel_wanted.set()
                 nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
+                # What the driver says of a machine that did not start goes before, for it says more.
+                await self._machine_ready_or_not.wait()
                 if self._channel is not None:
                     await self._channel_ended.wait()
             data = {"clean": ended.clean, "message": ended.reason}
@@ -248,6 +262,10 @@ class Activities:
             self._machine_exited.set()
             self._machine_gone.set()
             self._console.close()
+
+    def _patterns(self) -> list[tuple[str, str]]:
+        patterns = self._image.console_patterns if self._image else CONSOLE_PATTERNS
+        return [(event, pattern) for event, pattern in patterns if event in ALARMS]
 
     async def _read_console(self, machine: Machine) -> None:
         assert self._console is not None
@@ -261,7 +279,22 @@ class Activities:
 
     async def _accept(self, work: Work) -> None:
         assert self._listener is not None
-        accepted = await self._listener.accept()
+        try:
+            accepted = await self._listener.accept()
+            await self._greet(accepted, work)
+        except HandshakeError as exc:
+            if exc.code == "lost":
+                await self._unless_exiting()
+            raise
+
+    async def _unless_exiting(self) -> None:
+        """The stream of a machine that ends breaks first. Its end is what happened, and is put elsewhere."""
+        with trio.move_on_after(EXIT_GRACE):
+            await self._machine_exited.wait()
+        if self._machine_exited.is_set():
+            await trio.sleep_forever()
+
+    async def _greet(self, accepted: Accepted, work: Work) -> None:
         # Ids are given in order: the channel's is the next.
         ledger_id = work.ledger.last + 1
 
@@ -302,21 +335,42 @@ class Activities:
     async def _own_channel(
         self, guest: GuestChannel, ledger_id: int, work: Work, *, task_status: trio.TaskStatus[None]
     ) -> None:
-        """Reads the channel from the handshake to its end, and says so where it is lost."""
+        """Reads the channel from the moment when somebody serves it to its end, and says so where it is lost.
+
+        What a quick guest says before waits in the stream: its bye is for the state that serves.
+        """
         task_status.started()
-        try:
-            end = await guest.run()
-        finally:
-            self._channel_ended.set()
-        if isinstance(end, Bye):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._refuse_others)
+            await self._channel_wanted.wait()
+            try:
+                end = await guest.run()
+            finally:
+                self._channel_ended.set()
+            nursery.cancel_scope.cancel()
+        if isinstance(end, Bye) or self._channel_released:
             return
         with trio.move_on_after(EXIT_GRACE):
             await self._machine_exited.wait()
         if not self._machine_exited.is_set():
             work.put(Event("channel.lost", {"message": _why(end)}, id=ledger_id))
 
+    async def _refuse_others(self) -> None:
+        """The session has its guest: whoever dials now is told so. The journal names the first of them."""
+        assert self._listener is not None
+        try:
+            accepted = await self._listener.accept()
+            self._recorder.append("note", {"about": "refused", "peer": accepted.peer})
+            while True:
+                await refuse(accepted.stream)
+                accepted = await self._listener.accept()
+        except TransportError:
+            return  # out of descriptors: those who dial wait
+
     async def _end_channel(self) -> None:
         assert self._channel is not None
+        self._channel_released = True
+        self._channel_wanted.set()
         await self._channel.aclose()
         await self._channel_ended.wait()
         if self._harness is not None:
@@ -327,6 +381,7 @@ class Activities:
         if self._harness is None:
             self._harness = await self._connect()
             await work.start(partial(_own_harness, self._harness))
+        self._channel_wanted.set()
         end = await self._channel.serve(self._harness)
         if end.by == "guest":
             # How it left is an event of its own, and decides.
@@ -335,6 +390,7 @@ class Activities:
 
     async def _drain(self, work: Work) -> None:
         assert self._channel is not None
+        self._channel_wanted.set()
         end = await self._channel.drain(work.timeout or 0.0)
         if isinstance(end, Lost):
             await trio.sleep_forever()
@@ -343,7 +399,11 @@ class Activities:
         """Presses the power button until the machine is gone: a guest still starting hears no press."""
         machine = self._machine
         while machine is not None and not self._machine_exited.is_set():
-            await machine.powerdown()
+            try:
+                await machine.powerdown()
+            except DriverError:
+                await self._unless_exiting()
+                raise
             with trio.move_on_after(PRESS_AGAIN):
                 await machine.wait()
                 return

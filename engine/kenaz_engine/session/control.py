@@ -15,12 +15,14 @@ from typing import Any
 
 import trio
 
+from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener
 
 COMMANDS = ("end", "abort")
 
 _REQUEST_BYTES = 4096
 _PATIENCE = 5.0
+_PAUSE = 1.0
 
 
 class ControlError(Exception):
@@ -32,8 +34,12 @@ async def serve_control(listener: UnixListener, request: Callable[[str], None]) 
     async with trio.open_nursery() as nursery:
         with suppress(trio.ClosedResourceError):
             while True:
-                accepted = await listener.accept()
-                nursery.start_soon(_answer, accepted.stream, request)
+                try:
+                    accepted = await listener.accept()
+                except TransportError:  # out of descriptors, perhaps not for long
+                    await trio.sleep(_PAUSE)
+                else:
+                    nursery.start_soon(_answer, accepted.stream, request)
 
 
 async def _answer(stream: trio.SocketStream, request: Callable[[str], None]) -> None:
@@ -75,7 +81,7 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
 def _reply(line: bytes, request: Callable[[str], None]) -> dict[str, Any]:
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         message = None
     command = message.get("command") if isinstance(message, dict) else None
     if command not in COMMANDS:

@@ -12,8 +12,12 @@ Whether a session lives is never stored: it follows from the lock.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +71,9 @@ def socket_directory(directory: Path) -> Path:
 
     Raises DirectoryError when no place is short enough.
     """
-    candidates = [directory, runtime_home() / directory.name]
+    # Sessions of other state directories may have the same id, hence the digest of the whole path.
+    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    candidates = [directory, runtime_home() / f"{directory.name[:16]}-{digest}"]
     for candidate in candidates:
         if all(fits_socket(candidate / name) for name in SOCKETS):
             return candidate
@@ -75,8 +81,20 @@ def socket_directory(directory: Path) -> Path:
     raise DirectoryError(
         f"a socket's path would be too long: {longest} has {len(os.fsencode(longest))} bytes, "
         f"{SUN_PATH - 1} are possible",
-        "set XDG_RUNTIME_DIR to a shorter directory, or choose a shorter session id",
+        "set XDG_RUNTIME_DIR to a shorter directory",
     )
+
+
+def make_socket_directory(path: Path) -> None:
+    """Makes the directory that `socket_directory` chose outside of the session's own; the caller holds the
+    session's lock, so what lies there was left by a dead one. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.parent.lstat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022):
+        raise PermissionError(errno.EPERM, f"{path.parent} is not yours alone to write to")
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(mode=0o700)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +114,11 @@ class SessionDirectory:
     def console(self) -> Path:
         """The file of what the guest printed."""
         return self.path / "console.log"
+
+    def discard(self) -> None:
+        """Removes the directory of a session that could not begin, unless it still holds a socket."""
+        if not any((self.path / name).exists() for name in SOCKETS):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Gives the lock back. The journal and the console stay."""
@@ -122,7 +145,8 @@ async def create_directory(session: str) -> SessionDirectory:
                     )
                 path.rename(_aside(path))
             path.mkdir(mode=0o700)
-            lock = try_lock(path / "lock")
+            # Whoever looks whether it is held, holds it for that moment.
+            lock = await _wait_lock(path / "lock")
         finally:
             creating.close()
     except OSError as exc:
@@ -130,8 +154,6 @@ async def create_directory(session: str) -> SessionDirectory:
             f"the state directory {home / session} cannot be made: {exc.strerror or exc}",
             "make room or give access to it, or set KENAZ_STATE_DIR to another directory",
         ) from exc
-    if lock is None:
-        raise DirectoryError(f"the lock of {path} was taken by another process at once")
     return SessionDirectory(session, path, lock)
 
 

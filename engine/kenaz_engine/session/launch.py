@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from kenaz_engine import __version__
+from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.journal.records import FORMAT
 from kenaz_engine.journal.writer import Journal
@@ -21,13 +22,14 @@ from kenaz_engine.session.directory import (
     DirectoryError,
     SessionDirectory,
     create_directory,
+    make_socket_directory,
     socket_directory,
     state_home,
 )
 from kenaz_engine.session.guest import Layout
-from kenaz_engine.session.ledger import Ledger, Made
+from kenaz_engine.session.ledger import AcquireTimeout, Ledger, Made
 from kenaz_engine.session.prepare import Prepared
-from kenaz_engine.session.recorder import Observer, Recorder
+from kenaz_engine.session.recorder import Observer, Recorder, RecordLost
 from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
 from kenaz_engine.session.runner import SWEEP, Outcome, Runner
 from kenaz_engine.session.vocabulary import VOCABULARY
@@ -72,11 +74,14 @@ class Session:
         directory = await create_directory(session)
         try:
             return await self._run_in(directory, Layout(directory.path, sockets))
+        except DirectoryError:
+            directory.discard()
+            raise
         finally:
             directory.close()
 
     async def _run_in(self, directory: SessionDirectory, layout: Layout) -> Result:
-        journal = Journal(directory.journal)
+        journal = _open_journal(directory)
         try:
             recorder = Recorder(journal, self._observers)
             recorder.append("header", _header(self._prepared))
@@ -86,8 +91,10 @@ class Session:
             self._runner = Runner(machine, activities.table(), ledger, recorder)
             for event in self._early:
                 self._runner.inbox.put(event)
-            async with trio.open_nursery() as nursery:
+            # A cancel is heard by the runner, which then gives all back and writes the last record.
+            with trio.CancelScope(shield=True):
                 listener = await _open_control(ledger, layout)
+            async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve_control, listener, self._asked)
                 outcome = await self._runner.run()
                 nursery.cancel_scope.cancel()
@@ -102,12 +109,19 @@ class Session:
         self.request(command, "control")
 
 
+def _open_journal(directory: SessionDirectory) -> Journal:
+    try:
+        return Journal(directory.journal)
+    except OSError as exc:
+        raise _cannot_begin(f"the journal {directory.journal} cannot be made", exc) from exc
+
+
 async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
     """The first thing acquired, so the last given back: a session can be asked for as long as it holds
     anything. Raises DirectoryError."""
 
     async def make_directory() -> tuple[Made, None]:
-        layout.sockets.mkdir(mode=0o700, parents=True)
+        make_socket_directory(layout.sockets)
         return made_directory(layout.sockets), None
 
     async def make_socket() -> tuple[Made, UnixListener]:
@@ -118,12 +132,15 @@ async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
         if layout.sockets != layout.directory:
             await ledger.acquire("runtime", "directory", {"path": str(layout.sockets)}, make_directory)
         return await ledger.acquire("control", "socket", {"path": str(layout.control)}, make_socket)
-    except OSError as exc:
+    except (OSError, TransportError, RecordLost, AcquireTimeout) as exc:
         await ledger.release_all(trio.current_time() + SWEEP)
-        raise DirectoryError(
-            f"the control socket {layout.control} cannot be made: {exc.strerror or exc}",
-            "make the directory writable, or set XDG_RUNTIME_DIR to another",
-        ) from exc
+        raise _cannot_begin(f"the control socket {layout.control} cannot be made", exc) from exc
+
+
+def _cannot_begin(what: str, exc: Exception) -> DirectoryError:
+    why = exc.strerror if isinstance(exc, OSError) else str(exc)
+    hint = getattr(exc, "hint", "") or "see that there is room, and that you may write there"
+    return DirectoryError(f"{what}: {why or exc}", hint)
 
 
 def _header(prepared: Prepared) -> dict[str, Any]:
