@@ -27,6 +27,8 @@ COMMANDS = {
     "plan": "show what a session would be made of, and make nothing",
     "graph": "draw a lifecycle",
     "explain": "say what an event would lead to in a state, and why",
+    "simulate": "run scenarios on virtual time and compare with what they expect",
+    "explore": "play a lifecycle through every fault at every point",
     "replay": "decide the events of journals again and compare",
     "ps": "list sessions",
     "logs": "show what happened in a session, or what its guest printed",
