@@ -285,6 +285,7 @@ def test_what_the_harness_asked_is_answered_for_a_guest_that_is_gone() -> None:
     assert said(protocol.lost(), ToHarness) == [
         {"kind": "prompt.error", "id": "p1", "code": "gone"},
         {"kind": "tool.error", "id": "t1", "code": "gone"},
+        {"kind": "guest.lost"},
     ]
     assert said(protocol.from_harness(raw({**PROMPT, "id": "p2"})), ToHarness) == [
         {"kind": "prompt.error", "id": "p2", "code": "gone"}

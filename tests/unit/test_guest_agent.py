@@ -123,7 +123,7 @@ def test_hello_carries_who_the_guest_is(host: Host) -> None:
         "token": "canary-token",
         "agent": f"kenaz-guest/{__version__}",
         "build": "2026.11",
-        "capabilities": ["tools", "prompts"],
+        "capabilities": ["tools", "prompts", "exec"],
     }
 
 

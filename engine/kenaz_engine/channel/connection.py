@@ -24,7 +24,7 @@ class FrameQueue:
     """
 
     def __init__(self, bound: int) -> None:
-        self._bound = bound
+        self.bound = bound
         self._payloads: deque[bytes] = deque()
         self._bytes = 0
         self._changed = trio.lowlevel.ParkingLot()
@@ -62,7 +62,7 @@ class FrameQueue:
 
     async def room(self) -> None:
         """Returns when less than `bound` bytes wait; at once, without a checkpoint, if that is so."""
-        while self._bytes >= self._bound:
+        while self._bytes >= self.bound:
             await self._changed.park()
 
     async def some(self) -> None:
@@ -91,7 +91,27 @@ class Connection:
         self._write = write
         self._writing = trio.Lock()
         self._received: deque[bytes] = deque()
+        self._passed_on = False
         self.failure = ""
+
+    @property
+    def has_received(self) -> bool:
+        """True when a payload has come that `receive` has not returned yet."""
+        return bool(self._received)
+
+    def successor(self) -> Connection:
+        """Another connection over the same stream, which it owns from now on; what was read stays to be
+        received. This one counts as closed. Nobody may be using it."""
+        heir = Connection(self._stream, self._framing, queue=self._queue.bound, write=self._write)
+        heir._received = self._received
+        self._received = deque()
+        self._passed_on = True
+        self._fail("passed on")
+        return heir
+
+    def give_back(self, payload: bytes) -> None:
+        """Has `receive` return this payload next."""
+        self._received.appendleft(payload)
 
     async def run(self) -> None:
         """Writes what is put; returns when the stream has failed or was closed."""
@@ -166,9 +186,12 @@ class Connection:
             self._writing.release()
 
     async def aclose(self) -> None:
-        """Closes the stream at once. What is queued is dropped."""
+        """Closes the stream at once, unless a successor has it. What is queued is dropped."""
         self._fail("closed here")
-        await trio.aclose_forcefully(self._stream)
+        if self._passed_on:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.aclose_forcefully(self._stream)
 
     async def _write_batch(self) -> None:
         frames: list[bytes] = []

@@ -1,13 +1,20 @@
-"""Cuts a byte stream into frames, without IO. Wire: docs/reference/vsock-protocol.md, rules F1 to F5."""
+"""Cuts a byte stream into frames, without IO. Wire: docs/reference/vsock-protocol.md, rules F1 to F6."""
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 DEFAULT_LIMIT = 4 * 1024 * 1024
 """Most bytes of one payload, unless the session's spec says otherwise."""
 
 HEADER = 4
+
+MARK = b"\xff" * 4
+"""Says that a new writer has taken over the stream. In no valid stream do four such bytes stand together:
+UTF-8 has none, and a length begins with another."""
+
+_MARKS = re.compile(MARK + rb"+")
 
 
 class FramingError(Exception):
@@ -117,3 +124,47 @@ class LengthPrefixed:
         if length == 0:
             return FramingError("frame_empty", "a frame of length 0")
         return FramingError("frame_too_large", f"a frame of {length} bytes; the limit is {self._limit}")
+
+
+class Marked:
+    """Length-prefixed frames on a stream that outlives its writers.
+
+    A mark is read and written as the empty payload, which no frame has. Whatever of a frame stands before it
+    is dropped, for the writer who began it is gone.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self._limit = limit
+        self._frames = LengthPrefixed(limit)
+        self._held = b""  # at the end of what came: it may be, or grow to be, a mark
+
+    @property
+    def pending(self) -> int:
+        """Bytes held back until their frame is complete."""
+        return self._frames.pending + len(self._held)
+
+    @property
+    def error(self) -> FramingError | None:
+        """What is wrong after the frames that were returned so far; a mark makes up for it."""
+        return self._frames.error
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads that `data` completes, in order. After an error, bytes are dropped until a mark."""
+        data = self._held + data
+        whole = data.rstrip(MARK[:1])
+        self._held = data[len(whole) : len(whole) + len(MARK)]
+        *gone, last = _MARKS.split(whole) if MARK in whole else [whole]
+        payloads: list[bytes] = []
+        for rest in gone:
+            payloads += self._frames.feed(rest)
+            payloads.append(b"")
+            self._frames = LengthPrefixed(self._limit)
+        return payloads + self._frames.feed(last)
+
+    def close(self) -> None:
+        """The stream has ended. Raises FramingError when it did so within a frame or after an error."""
+        self._frames.close()
+
+    def encode(self, payload: bytes) -> bytes:
+        """The payload as a frame, or the mark. Raises FramingError when it does not fit in one."""
+        return self._frames.encode(payload) if payload else MARK

@@ -179,6 +179,12 @@ class DemoHarness:
                 self._say(_line(f"guest says: {message['text']}"))
                 text = "Hello from the harness. All is well on this side."
                 return {"kind": "prompt.result", "id": message["id"], "text": text}
+            case "guest.lost":
+                self._say("the guest's channel is lost")
+                return None
+            case "guest.back":
+                self._say("the guest is back")
+                return None
             case kind:
                 self._say(_line(f"guest sends {kind}"))
                 return None

@@ -16,7 +16,7 @@ import enum
 import hmac
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,13 +50,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the guest must prove, and what it is granted."""
+    """What the guest must prove, and what it is granted. `one_stream` says that its stream outlives its
+    agent, as a virtio-serial port does: an agent that begins anew says so on it [H8]."""
 
     session: str
     token: str = field(repr=False)
     tools: ToolPolicy
     limits: Limits = Limits()
     capabilities: frozenset[str] = frozenset()
+    one_stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ class Report:
 
     `direction` is `from-guest`, `to-guest`, `from-harness` or `to-harness`; the last two `to-` only for
     messages that the launcher made itself. `name` is the tool's. `size` is the payload's, in bytes.
-    `outcome`: `relayed`, `sent`, `taken` (meant for the launcher), `late` (dropped, its request is over), or
-    the code of the refusal or violation.
+    `outcome`: `relayed`, `sent`, `taken` (meant for the launcher), `late` (dropped, its request is over),
+    `restarted` (the guest's agent has begun anew), or the code of the refusal or violation.
     """
 
     direction: str
@@ -126,6 +128,37 @@ class Bye:
 
 
 @dataclass(frozen=True, slots=True)
+class Restarted:
+    """The guest's agent has begun anew on its stream; this channel is closed, and its hello opens the next.
+    `hello` is that message, where it has come already."""
+
+    hello: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The command wrote to its `stdout` or `stderr`."""
+
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """The command has ended, with that exit code."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotExecuted:
+    """The command was not run, or was ended because the launcher or its time asked for it."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class HarnessEnded:
     """The harness wants the session to end."""
 
@@ -139,7 +172,20 @@ class Violation:
     message: str
 
 
-Action = ToGuest | ToHarness | Report | Opened | Refused | Bye | HarnessEnded | Violation
+Action = (
+    ToGuest
+    | ToHarness
+    | Report
+    | Opened
+    | Refused
+    | Bye
+    | Restarted
+    | Output
+    | Executed
+    | NotExecuted
+    | HarnessEnded
+    | Violation
+)
 
 
 class State(enum.Enum):
@@ -201,6 +247,8 @@ _ID = _Shape("1 to 128 letters, digits, . _ : -", _match(r"[A-Za-z0-9._:-]{1,128
 _TOOL = _Shape("1 to 128 letters, digits, . _ : / -", _match(r"[A-Za-z0-9._:/-]{1,128}"))
 _CODE = _Shape("a word of 1 to 64 of a-z 0-9 . _ -", _match(r"[a-z0-9][a-z0-9._-]{0,63}"))
 _LABEL = _Shape("at most 128 printable ASCII characters", _match(r"[ -~]{0,128}"))
+_STREAM = _Shape("stdout or stderr", lambda value: value in ("stdout", "stderr"))
+_EXIT = _Shape("an integer from 0 to 255", lambda value: type(value) is int and 0 <= value <= 255)
 _TEXT = _Shape("a string", lambda value: isinstance(value, str))
 _OBJECT = _Shape("an object", lambda value: isinstance(value, dict))
 _ANY = _Shape("any value", lambda value: True)
@@ -237,10 +285,18 @@ _PASSING: Mapping[str, Mapping[str, _Shape]] = {
 _HOP: Mapping[str, Mapping[str, _Shape]] = {"ping": {"nonce": _ID}, "pong": {"nonce": _ID}}
 """Kinds that end at the launcher, from both sides."""
 
+_EXEC: Mapping[str, Mapping[str, _Shape]] = {
+    "exec.output": {"id": _ID, "stream": _STREAM, "text": _TEXT},
+    "exec.result": {"id": _ID, "code": _EXIT},
+    "exec.error": {"id": _ID, "code": _CODE, "message": _TEXT},
+}
+"""What a guest says of the command that the launcher had it run [X]."""
+
 _KINDS: Mapping[Side, Mapping[str, Mapping[str, _Shape]]] = {
     "guest": {
         **_PASSING,
         **_HOP,
+        **_EXEC,
         "bye": {"reason": _CODE},
         "error": {"code": _CODE, "message": _TEXT},
     },
@@ -256,6 +312,7 @@ _REFUSALS = {
     "draining": "the session is ending",
     "unavailable": "the harness is gone",
     "gone": "the guest is gone",
+    "id_in_use": "the harness may still answer a request of that id, of a guest that is gone",
 }
 """Codes with which the launcher itself answers a request [R]."""
 
@@ -269,12 +326,19 @@ class _Breach(Exception):
 
 
 class GuestProtocol:
-    """The conversation of one connection. All methods return what to do, in order."""
+    """The conversation with one start of the guest's agent. All methods return what to do, in order.
 
-    def __init__(self, expected: Expected) -> None:
+    `void` are the requests of a lost guest, as its conversation left them, that the harness may still answer.
+    """
+
+    def __init__(self, expected: Expected, void: Mapping[str, str] | None = None) -> None:
         self._expected = expected
         self._state = State.HELLO
+        self._marked = False
         self._harness_gone = False
+        self._commands = 0
+        self._command = ""
+        self._void = dict(void or {})
         # Open requests by who asked: id -> `tool` or `prompt`.
         self._open: Mapping[Side, dict[str, str]] = {"guest": {}, "harness": {}}
 
@@ -288,10 +352,18 @@ class GuestProtocol:
         """How many requests of each side wait for their terminal message."""
         return {side: len(ids) for side, ids in self._open.items()}
 
+    @property
+    def void(self) -> Mapping[str, str]:
+        """Requests of guests that are gone, not yet answered by the harness: id -> `tool` or `prompt`."""
+        return self._void
+
     def from_guest(self, payload: bytes) -> list[Action]:
-        """A payload came from the guest. After the end of the conversation it is dropped."""
+        """A payload came from the guest, or (empty) a mark. After the end of the conversation it is
+        dropped."""
         if self._state is State.CLOSED:
             return []
+        if not payload:
+            return self._mark()
         if self._state is State.HELLO:
             return self._hello(payload)
         return self._message("guest", payload)
@@ -329,7 +401,35 @@ class GuestProtocol:
             return []
         return [*self._send("guest", {"kind": "bye", "reason": reason}), *self._close("bye")]
 
+    def execute(self, argv: Sequence[str]) -> list[Action]:
+        """Has the guest run a command; the one before it, if any, has ended [X]."""
+        if self._state is not State.OPEN:
+            return []
+        self._commands += 1
+        self._command = f"x{self._commands}"
+        return self._send("guest", {"kind": "exec", "id": self._command, "argv": list(argv)})
+
+    def cancel_command(self) -> list[Action]:
+        """Asks the guest to end the command that runs, if one does [X3]."""
+        if not self._command or self._state is State.CLOSED:
+            return []
+        return self._send("guest", {"kind": "exec.cancel", "id": self._command})
+
     # The handshake [H]
+
+    def _mark(self) -> list[Action]:
+        if self._state is State.HELLO:
+            self._marked = True
+            return []
+        return self._restarted(b"", Report("from-guest", "", "", "", 0, "restarted"))
+
+    def _restarted(self, hello: bytes, report: Report) -> list[Action]:
+        return [report, *self._close("lost"), Restarted(hello)]
+
+    def _answer_hello(self, message: dict[str, Any]) -> list[Action]:
+        """A mark is answered by a mark: what stood before it was for an agent that is gone [F6]."""
+        answer = self._send("guest", message)
+        return [ToGuest(b""), *answer] if self._marked else answer
 
     def _hello(self, payload: bytes) -> list[Action]:
         expected = self._expected
@@ -357,7 +457,7 @@ class GuestProtocol:
         }
         return [
             Report("from-guest", kind, "", "", len(payload), "taken"),
-            *self._send("guest", welcome),
+            *self._answer_hello(welcome),
             Opened(hello),
         ]
 
@@ -365,7 +465,7 @@ class GuestProtocol:
         self._go("refused")
         return [
             report,
-            *self._send("guest", {"kind": "refused", "code": code, "message": message}),
+            *self._answer_hello({"kind": "refused", "code": code, "message": message}),
             Refused(code, message),
         ]
 
@@ -385,6 +485,8 @@ class GuestProtocol:
             if kind.startswith("x-"):
                 return [report("relayed"), _to(_OTHER[side], payload)]
             if kind == "hello" and side == "guest":
+                if self._expected.one_stream:
+                    return self._restarted(payload, report("restarted"))
                 raise _Breach("second_hello", "the guest's agent began anew on an open channel")
             shapes = _KINDS[side].get(kind)
             if shapes is None:
@@ -399,6 +501,10 @@ class GuestProtocol:
                 if code == "late":
                     return [report(code)]
                 return [report(code), _to(_OTHER[side], payload)]
+            if kind in _EXEC:
+                identifier = message["id"]
+                if identifier != self._command:
+                    raise _Breach("unknown_id", f"{kind}: no command with this id runs")
         except (strict_json.JsonRefused, _Breach) as exc:
             return self._violated(side, exc.code, str(exc), report(exc.code))
         return [report("taken"), *self._hop(side, kind, message)]
@@ -415,6 +521,14 @@ class GuestProtocol:
                 return [*self._close("violation"), Violation("guest", "reported", text)]
             case "end":
                 return [HarnessEnded()]
+            case "exec.output":
+                return [Output(message["stream"], message["text"])]
+            case "exec.result":
+                self._command = ""
+                return [Executed(message["code"])]
+            case "exec.error":
+                self._command = ""
+                return [NotExecuted(message["code"], message["message"])]
         return []  # a pong that nobody waits for [M8]
 
     def _pass(self, side: Side, kind: str, identifier: str, tool: str) -> str:
@@ -432,10 +546,16 @@ class GuestProtocol:
                 return "busy"
             if side == "guest" and self._harness_gone:
                 return "unavailable"
+            if side == "guest" and identifier in self._void:
+                return "id_in_use"
             mine[identifier] = family
         elif kind == "tool.cancel":
             # It may have crossed with the answer on its way.
             return "relayed" if mine.get(identifier) == family else "late"
+        elif side == "harness" and self._void.get(identifier) == family:
+            if kind in _TERMINAL:
+                del self._void[identifier]
+            return "late"
         elif self._state is State.CLOSED:
             return "late"
         elif theirs.get(identifier) != family:
@@ -471,10 +591,15 @@ class GuestProtocol:
         return [report, *self._send("guest", _error(code, message)), *self._close("violation"), violation]
 
     def _close(self, event: str) -> list[Action]:
-        """Every request of the harness gets its terminal message, also from a guest that is gone [R4]."""
+        """Every request of the harness gets its terminal message, also from a guest that is gone [R4]; one
+        that may come back is missed [S4]."""
+        missed = self._state is not State.HELLO and event == "lost"
         self._go(event)
+        self._command = ""
+        self._void.update(self._open["guest"])
         self._open["guest"].clear()
-        return self._answer_all("harness", "gone")
+        answers = self._answer_all("harness", "gone")
+        return [*answers, *self._send("harness", {"kind": "guest.lost"})] if missed else answers
 
     def _go(self, event: str) -> None:
         self._state = _NEXT[self._state][event]

@@ -12,7 +12,7 @@ inward queue fills, and `run` stops reading.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,19 +20,23 @@ import trio
 
 from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.connection import Connection, FrameQueue
-from kenaz_engine.channel.framing import FramingError, LengthPrefixed
+from kenaz_engine.channel.framing import FramingError, LengthPrefixed, Marked
 from kenaz_engine.channel.harness import HarnessLink
 from kenaz_engine.channel.protocol import (
     Action,
     Bye,
+    Executed,
     Expected,
     GuestProtocol,
     HarnessEnded,
     Hello,
     Limits,
+    NotExecuted,
     Opened,
+    Output,
     Refused,
     Report,
+    Restarted,
     Side,
     ToGuest,
     ToHarness,
@@ -42,12 +46,14 @@ from kenaz_engine.channel.protocol import (
 __all__ = [
     "Bye",
     "ChannelEnd",
+    "Executed",
     "Expected",
     "GuestChannel",
     "HandshakeError",
     "Hello",
     "Limits",
     "Lost",
+    "NotExecuted",
     "ProtocolViolation",
     "Report",
     "ServeEnd",
@@ -114,10 +120,15 @@ def _no_bye(bye: Bye) -> None:
     pass
 
 
+def _no_output(stream: str, text: str) -> None:
+    pass
+
+
 async def handshake(
-    stream: trio.abc.Stream,
+    stream: trio.abc.Stream | Connection,
     expected: Expected,
     *,
+    after: GuestChannel | None = None,
     on_message: Callable[[Report], None] = _no_report,
     on_bye: Callable[[Bye], None] = _no_bye,
     touch: Callable[[], None] = _nothing,
@@ -128,19 +139,28 @@ async def handshake(
     bound; from then on `expected.limits.handshake` does. Raises HandshakeError; the guest has then been told
     why.
 
+    `after` is the lost channel whose guest is expected back; its harness learns that it is. Where `detach` of
+    that channel gives a connection, that stands in place of the stream.
+
     `on_message` gets a record of each message; `touch` is called for each message that is not a heartbeat;
     `on_bye` is called once, when what the guest said before has reached the harness, where one is being
     served. None of them may wait or raise.
     """
     limits = expected.limits
-    connection = Connection(stream, LengthPrefixed(limits.frame), queue=limits.queue, write=limits.write)
-    protocol = GuestProtocol(expected)
+    if after is not None and not after.introduced:
+        after = None  # the harness has heard of none, so it misses none
+    if isinstance(stream, Connection):
+        connection = stream
+    else:
+        framing = Marked(limits.frame) if expected.one_stream else LengthPrefixed(limits.frame)
+        connection = Connection(stream, framing, queue=limits.queue, write=limits.write)
+    protocol = GuestProtocol(expected, after.void if after is not None else None)
     try:
         hello = await _greet(connection, protocol, limits.handshake, on_message)
     except BaseException:
         await connection.aclose()
         raise
-    return GuestChannel(connection, protocol, expected, hello, on_message, on_bye, touch)
+    return GuestChannel(connection, protocol, expected, hello, on_message, on_bye, touch, after)
 
 
 async def _greet(
@@ -148,9 +168,12 @@ async def _greet(
 ) -> Hello:
     payload: bytes | None = None
     try:
-        alive = await connection.fill()
+        alive = connection.has_received or await connection.fill()
         with trio.move_on_after(seconds) as scope:
             payload = await connection.receive() if alive else None
+            while payload == b"":
+                protocol.from_guest(payload)
+                payload = await connection.receive()
         if scope.cancelled_caught:
             raise HandshakeError(
                 "timeout", f"the guest began a hello and did not end it within {seconds:g} s"
@@ -214,6 +237,7 @@ class GuestChannel:
         on_message: Callable[[Report], None],
         on_bye: Callable[[Bye], None],
         touch: Callable[[], None],
+        after: GuestChannel | None,
     ) -> None:
         self.hello = hello
         self._connection = connection
@@ -224,8 +248,18 @@ class GuestChannel:
         self._on_bye = on_bye
         self._touch = touch
         self._harness: HarnessLink | None = None
+        # Whether the harness has been told of this session, by this channel or by one before it.
+        self._introduced = False
+        if after is not None:
+            # What it has not yet taken of the guest that was lost comes first.
+            self._introduced, self._inward = True, after._inward
+            self._inward.put(_back(hello))
         self._harness_ended = False
+        self._on_output: Callable[[str, str], None] = _no_output
+        self._command_end: Executed | NotExecuted | None = None
+        self._command_ended = trio.Event()
         self._active = False
+        self._restarted = False
         self._end: ChannelEnd | None = None
         self._over = trio.Event()
         self._reading = trio.CancelScope()
@@ -234,6 +268,24 @@ class GuestChannel:
     def end(self) -> ChannelEnd | None:
         """How the conversation ended; None while it goes on. Known before the stream itself ends."""
         return self._end
+
+    @property
+    def introduced(self) -> bool:
+        """True when a harness has been told of this session."""
+        return self._introduced
+
+    @property
+    def void(self) -> Mapping[str, str]:
+        """Requests of this guest that its harness may still answer; for the channel that follows."""
+        return self._protocol.void
+
+    def detach(self) -> Connection | None:
+        """The stream of a guest whose agent has begun anew on it, from `run`'s end on; the caller owns it
+        now. None for every other guest, also where it is asked again."""
+        if not self._restarted:
+            return None
+        self._restarted = False
+        return self._connection.successor()
 
     async def run(self) -> ChannelEnd:
         """Reads until the guest's stream ends. Raises nothing for what the guest does."""
@@ -257,9 +309,30 @@ class GuestChannel:
         """
         if self._harness is None:
             self._harness = harness
-            harness.open(self._session, self.hello.build, self.hello.capabilities)
+            if not self._introduced:
+                harness.open(self._session, self.hello.build, self.hello.capabilities)
+                self._introduced = True
         await self._relay(until_harness_ends=True)
         return ServeEnd("harness" if self._end is None else "guest")
+
+    async def execute(
+        self, argv: Sequence[str], on_output: Callable[[str, str], None]
+    ) -> Executed | NotExecuted | None:
+        """Has the guest run a command, and returns how it ended; None where the guest is gone.
+
+        No harness takes part: what the guest asks of one is answered `unavailable`. `on_output` gets the name
+        of the stream and the text; it may not wait or raise. If cancelled, the guest is asked to end the
+        command. Raises ProtocolViolation.
+        """
+        self._harness_is_gone()
+        self._on_output = on_output
+        self._command_end, self._command_ended = None, trio.Event()
+        self._apply(self._protocol.execute(argv))
+        try:
+            await self._relay(until_harness_ends=False, until=self._command_ended)
+        finally:
+            self._apply(self._protocol.cancel_command())
+        return self._command_end
 
     async def drain(self, seconds: float) -> Bye | Lost:
         """Asks the guest to finish within `seconds`, relays what is still open, and returns how it left.
@@ -296,6 +369,11 @@ class GuestChannel:
             match self._apply(actions):
                 case Bye() as bye:
                     end = bye
+                case Restarted(hello):
+                    if hello:
+                        self._connection.give_back(hello)
+                    self._restarted = True
+                    end = Lost("the guest's agent started again")
                 case Violation(_, code, message):
                     end = Violated(code, message)
         if isinstance(end, Violated):
@@ -327,7 +405,7 @@ class GuestChannel:
 
     # The harness's side: `serve` and `drain`
 
-    async def _relay(self, *, until_harness_ends: bool) -> None:
+    async def _relay(self, *, until_harness_ends: bool, until: trio.Event | None = None) -> None:
         if self._active:
             raise trio.BusyResourceError("another task serves or drains this channel")
         violation: ProtocolViolation | None = None
@@ -338,11 +416,17 @@ class GuestChannel:
             if violation is not None or until_harness_ends:
                 nursery.cancel_scope.cancel()
 
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
         self._active = True
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._to_harness)
                 nursery.start_soon(from_harness)
+                if until is not None:
+                    nursery.start_soon(wait, until)
                 await self._over.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -389,9 +473,9 @@ class GuestChannel:
 
     # Both sides
 
-    def _apply(self, actions: Iterable[Action]) -> Bye | HarnessEnded | Violation | None:
+    def _apply(self, actions: Iterable[Action]) -> Bye | Restarted | HarnessEnded | Violation | None:
         """Carries out what the protocol decided, without waiting; returns the action that ends something."""
-        ending: Bye | HarnessEnded | Violation | None = None
+        ending: Bye | Restarted | HarnessEnded | Violation | None = None
         for action in actions:
             match action:
                 case ToGuest(payload):
@@ -402,6 +486,16 @@ class GuestChannel:
                     self._on_message(action)
                     if direction.startswith("from-") and kind not in ("ping", "pong"):
                         self._touch()
-                case Bye() | HarnessEnded() | Violation():
+                case Output(stream, text):
+                    self._on_output(stream, text)
+                case Executed() | NotExecuted():
+                    self._command_end = action
+                    self._command_ended.set()
+                case Bye() | Restarted() | HarnessEnded() | Violation():
                     ending = action
         return ending
+
+
+def _back(hello: Hello) -> bytes:
+    message = {"kind": "guest.back", "build": hello.build, "capabilities": list(hello.capabilities)}
+    return strict_json.dumps(message)

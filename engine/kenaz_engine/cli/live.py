@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import trio
@@ -18,6 +18,9 @@ from kenaz_engine.session.summary import phases
 Record = Mapping[str, Any]
 
 _TICK = 0.1
+
+SHOWN = 256 * 1024
+"""Characters of a command's output that are shown at most."""
 
 
 class Output(Protocol):
@@ -51,6 +54,10 @@ class View(Protocol):
         """The demo harness has seen something."""
         ...
 
+    def output(self, stream: str, text: str) -> None:
+        """The guest's command wrote to its `stdout` or `stderr`."""
+        ...
+
     def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The session has ended; `left` says in words what is still there of it."""
         ...
@@ -60,11 +67,41 @@ class View(Protocol):
         ...
 
 
+class _CommandOutput:
+    """A command's output as lines that no terminal takes for commands, SHOWN characters of it."""
+
+    def __init__(self, line: Callable[[str], None]) -> None:
+        self._line = line
+        self._parts = {"stdout": "", "stderr": ""}
+        self._room = SHOWN
+
+    def feed(self, stream: str, text: str) -> None:
+        """Shows the lines that `text` completes."""
+        if self._room <= 0:
+            return
+        kept, self._room = text[: self._room], self._room - len(text)
+        *lines, self._parts[stream] = (self._parts[stream] + kept).split("\n")
+        for line in lines:
+            self._line(plain(line))
+        if self._room <= 0:
+            self.close()
+            self._line(f"(only the first {SHOWN} characters of the output are shown)")
+
+    def close(self) -> None:
+        """Shows lines that were not ended."""
+        for stream, part in self._parts.items():
+            if part:
+                self._line(plain(part))
+            self._parts[stream] = ""
+
+
 class JsonLines:
     """Every record of the journal as a line, and a `result` at the end; see docs/reference/run-json.md."""
 
-    def __init__(self, out: Output) -> None:
+    def __init__(self, out: Output, beside: Output) -> None:
         self._out = out
+        self._beside = beside
+        self._command = _CommandOutput(self._aside)
 
     def begin(self, prepared: Prepared) -> None:
         """The header record says it all."""
@@ -76,14 +113,20 @@ class JsonLines:
     def say(self, text: str) -> None:
         """Content is not for the stream of events."""
 
+    def output(self, stream: str, text: str) -> None:
+        """Goes to standard error."""
+        self._command.feed(stream, text)
+
     def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The last line."""
+        self._command.close()
         outcome = result.outcome
         self._write(
             {
                 "kind": "result",
                 "success": outcome.success and not left,
                 "exit": exit_code,
+                "exit_code": result.exit_code,
                 "verdict": outcome.verdict or outcome.internal,
                 "seconds": round(outcome.seconds, 3),
                 "journal": str(result.journal),
@@ -94,6 +137,10 @@ class JsonLines:
 
     async def tick(self) -> None:
         """Nothing moves between lines."""
+
+    def _aside(self, line: str) -> None:
+        self._beside.write(line + "\n")
+        self._beside.flush()
 
     def _write(self, value: Record) -> None:
         self._out.write(json.dumps(value) + "\n")
@@ -113,6 +160,7 @@ class Live:
         self._incomplete = False
         self._since = time.monotonic()
         self._said: set[str] = set()
+        self._command = _CommandOutput(lambda line: self._line(f"    | {line}"))
         self._hint = self._hint_of_event = ""
 
     def begin(self, prepared: Prepared) -> None:
@@ -157,8 +205,13 @@ class Live:
         """A line of the demo harness."""
         self._line(f"    {plain(text)}")
 
+    def output(self, stream: str, text: str) -> None:
+        """Line by line, in the order in which it came."""
+        self._command.feed(stream, text)
+
     def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The summary."""
+        self._command.close()
         outcome = result.outcome
         if not outcome.success and result.console:
             self._line("  the guest's last words:")

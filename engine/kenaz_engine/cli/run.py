@@ -54,9 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
 async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int:
     prepared = await prepare(resolved)
     out = _Output(sys.stdout)
-    view: View = JsonLines(out) if arguments.json else Live(out)
+    view: View = JsonLines(out, sys.stderr) if arguments.json else Live(out)
     view.begin(prepared)
-    session = Session(prepared, _connector(arguments.harness, view, prepared.resolved), (view.record,))
+    connect = _connector(arguments.harness, view, prepared.resolved)
+    session = Session(prepared, connect, view.output, (view.record,))
     out.on_loss = lambda: session.request("end", "output")
     signals = _Signals(session)
     result = await _watched(session, signals, view)

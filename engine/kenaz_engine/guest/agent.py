@@ -26,9 +26,18 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 PROTOCOL = 1
-CAPABILITIES = ["tools", "prompts"]
+CAPABILITIES = ["tools", "prompts", "exec"]
 MAX_FRAME = 16 << 20
 """Bytes of the largest frame taken from the host."""
+
+MARK = b"\xff" * 4
+"""Tells the host on a virtio-serial port, which outlives agents, that another one writes from here on."""
+
+CHUNK = 16384
+"""Bytes of a command's output that are handed over at once."""
+
+TERM_GRACE = 1.0
+"""Seconds that a command has between SIGTERM and SIGKILL."""
 
 VIRTIO_SERIAL_PORT = "dev.kenaz.channel"
 DEFAULT_PORT = 7881
@@ -149,20 +158,40 @@ def encode(message: Message) -> bytes:
 
 
 class Wire:
-    """Messages over a file descriptor that it owns. Blocks."""
+    """Messages over a file descriptor that it owns. Blocks. `outlives_agents` says of a stream that agents
+    before this one may have used it, and left it in the middle of a message."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, outlives_agents: bool = False) -> None:
+        self.outlives_agents = outlives_agents
         self._fd = fd
         self._buffer = bytearray()
 
     def send(self, message: Message) -> None:
         """Writes the whole message. Raises Closed."""
-        data = memoryview(encode(message))
+        self._write(encode(message))
+
+    def _write(self, whole: bytes) -> None:
+        data = memoryview(whole)
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
             raise Closed(error.strerror) from error
+
+    def begin(self) -> None:
+        """On a stream that an agent before this one may have used: drops what was for that one. Raises
+        Closed."""
+        self._write(MARK)
+
+    def skip_to_mark(self) -> None:
+        """Drops what stands before the host's mark, and the mark. Raises Closed."""
+        while MARK not in self._buffer:
+            del self._buffer[: -len(MARK) + 1]
+            self._read()
+        del self._buffer[: self._buffer.index(MARK)]
+        while not self._buffer.lstrip(MARK):
+            self._read()
+        self._buffer = self._buffer.lstrip(MARK)
 
     def receive(self, seconds: float | None = None) -> Message | None:
         """The next message; None when none came within `seconds`. Raises Closed."""
@@ -173,13 +202,20 @@ class Wire:
                 return message
             if deadline is not None and not self._wait_readable(deadline - time.monotonic()):
                 return None
-            try:
-                data = os.read(self._fd, 65536)
-            except OSError as error:
-                raise Closed(error.strerror) from error
-            if not data:
-                raise Closed("end of stream")
-            self._buffer += data
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, 65536)
+        except OSError as error:
+            raise Closed(error.strerror) from error
+        if not data:
+            raise Closed("end of stream")
+        self._buffer += data
+
+    def fileno(self) -> int:
+        """The descriptor, to wait for."""
+        return self._fd
 
     def close(self) -> None:
         """Closes the descriptor."""
@@ -239,12 +275,6 @@ def _open_port(name: str) -> int:
             if file.read().strip() != name:
                 continue
         fd = os.open(f"/dev/{port}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        # The host says nothing before hello: what lies there was for an agent before this one.
-        try:
-            while os.read(fd, 65536):
-                pass
-        except BlockingIOError:
-            pass
         os.set_blocking(fd, True)
         return fd
     raise FileNotFoundError(2, f"no virtio-serial port {name}")
@@ -297,6 +327,20 @@ def _idle(agent: Agent, argument: str) -> Script:
 def _bye(agent: Agent, argument: str) -> Script:
     yield from ()
     raise Bye("done")
+
+
+def _hangup(agent: Agent, argument: str) -> Script:
+    """Drops the connection and dials again."""
+    yield {"kind": "hangup"}
+
+
+def _once(agent: Agent, word: str) -> Script:
+    """Plays a word, unless an agent has done so before on this disk."""
+    try:
+        os.close(os.open(agent.path(f"/once-{word}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return
+    yield from agent.play([word])
 
 
 def _exit(agent: Agent, status: str) -> Script:
@@ -364,8 +408,10 @@ BEHAVIOURS: dict[str, Callable[[Agent, str], Script]] = {
     "exit": _exit,
     "flood": _flood,
     "hang": _hang,
+    "hangup": _hangup,
     "idle": _idle,
     "mute": _mute,
+    "once": _once,
     "panic": _panic,
     "poweroff": _power_off,
     "read": _read,
@@ -389,6 +435,149 @@ def say(text: str) -> None:
 def boottime() -> float:
     """Seconds since the kernel started, sleep included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# A command of the host's ----------------------------------------------------------------------------------
+
+
+class Command:
+    """A command that runs in a process group of its own, under a minder that ends it with the agent.
+
+    agent ── fork ──▶ minder (leads the group) ── spawn ──▶ command
+
+    The minder holds one end of a pipe whose other end only the agent has: when that closes, for whatever
+    reason, it kills the group.
+    """
+
+    def __init__(self, agent: Agent, wire: Wire, request: Message, chunk: int) -> None:
+        import codecs
+
+        self._id = request["id"]
+        self._chunk = chunk
+        self._cancelled = False
+        self._kill_at: float | None = None
+        variables = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": agent.path("/"),
+            "LANG": "C.UTF-8",
+            **agent.settings.environment,
+        }
+        lifeline, self._lifeline = os.pipe()
+        self._report, report = os.pipe()
+        self._streams = {}
+        ends = []
+        for name in ("stdout", "stderr"):
+            ours, theirs = os.pipe()
+            self._streams[ours] = name, codecs.getincrementaldecoder("utf-8")("replace")
+            ends.append(theirs)
+        self._minder = os.fork()
+        if self._minder == 0:
+            for fd in (self._lifeline, self._report, *self._streams, wire.fileno()):
+                os.close(fd)
+            _mind(request["argv"], variables, ends, lifeline, report)
+        os.setpgid(self._minder, self._minder)
+        for fd in (lifeline, report, *ends):
+            os.close(fd)
+
+    def cancel(self) -> None:
+        """Asks the command to end, and sees to it that it does within TERM_GRACE."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._kill_at = time.monotonic() + TERM_GRACE
+            self._signal(15)
+
+    def kill(self) -> None:
+        """Ends all that is left of it."""
+        self._signal(9)
+        os.waitpid(self._minder, 0)
+        for fd in (self._lifeline, self._report, *self._streams):
+            os.close(fd)
+
+    def step(self, wire: Wire, seconds: float | None) -> Message | None:
+        """Waits for output, a message or the end, and hands on the output. Returns the message that ends
+        it, if it has ended."""
+        import select
+
+        poll = select.poll()
+        for fd in (wire.fileno(), self._report, *self._streams):
+            poll.register(fd, select.POLLIN)
+        waits = [seconds, None if self._kill_at is None else self._kill_at - time.monotonic()]
+        shortest = min((max(0.0, wait) for wait in waits if wait is not None), default=None)
+        ready = {fd for fd, _ in poll.poll(None if shortest is None else shortest * 1000)}
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            self._kill_at = None
+            self._signal(9)
+        for fd in [fd for fd in self._streams if fd in ready]:
+            self._hand_on(wire, fd)
+        return self._end(wire) if self._report in ready else None
+
+    def _hand_on(self, wire: Wire, fd: int) -> bool:
+        """One piece of output; False at its end, or when there is none now."""
+        name, decoder = self._streams[fd]
+        try:
+            data = os.read(fd, self._chunk)
+        except BlockingIOError:
+            return False
+        text = decoder.decode(data, not data)
+        if text:
+            wire.send({"kind": "exec.output", "id": self._id, "stream": name, "text": text})
+        if not data:
+            os.close(fd)
+            del self._streams[fd]
+        return bool(data)
+
+    def _end(self, wire: Wire) -> Message:
+        # What the command itself wrote is there by now; nobody waits for what it left running.
+        for fd in list(self._streams):
+            os.set_blocking(fd, False)
+            while self._hand_on(wire, fd):
+                pass
+        word, _, number = os.read(self._report, 64).decode().partition(" ")
+        self.kill()
+        ended: Message = {"kind": "exec.error", "id": self._id, "code": "cancelled", "message": "was ended"}
+        if word == "failed" and not self._cancelled:
+            return {**ended, "code": "not_started", "message": os.strerror(int(number))}
+        if self._cancelled:
+            return ended
+        return {"kind": "exec.result", "id": self._id, "code": int(number or 137)}
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._minder, number)  # its zombie keeps the number from others
+
+
+def _mind(argv: list[str], variables: Mapping[str, str], ends: list[int], lifeline: int, report: int) -> None:
+    """The minder, from fork to exit: reports `ended CODE`, or `failed ERRNO`."""
+    import select
+    import signal
+
+    try:
+        os.setpgid(0, 0)  # as its parent does: whoever comes first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the group is told to end, its minder stays
+        null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+        outputs = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(ends, 1)]
+        usual = [signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ]
+        try:
+            child = os.posix_spawnp(argv[0], argv, variables, file_actions=[null, *outputs], setsigdef=usual)
+        except OSError as error:
+            os.write(report, b"failed %d" % (error.errno or 0))
+            return
+        for fd in ends:
+            os.close(fd)
+        poll = select.poll()
+        poll.register(lifeline, 0)
+        wait = 50
+        if hasattr(os, "pidfd_open"):
+            poll.register(os.pidfd_open(child), select.POLLIN)
+            wait = -1
+        status = None
+        while status is None:
+            if any(fd == lifeline for fd, _ in poll.poll(wait)):
+                os.killpg(0, signal.SIGKILL)
+            pid, found = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(found) if pid else None
+        os.write(report, b"ended %d" % (status if status >= 0 else 128 - status))
+    finally:
+        os._exit(0)
 
 
 # The agent ------------------------------------------------------------------------------------------------
@@ -415,10 +604,12 @@ class Agent:
         self._root = root
         self._clock = clock or {}
         early = [word for word in settings.words if word.startswith("early:") or word == "mute"]
-        self._early = self._play([word.removeprefix("early:") for word in early])
-        self._script = self._play([word for word in settings.words if word not in early])
+        self._early = self.play([word.removeprefix("early:") for word in early])
+        self._script = self.play([word for word in settings.words if word not in early])
         self._started = False
-        self._requests = 0
+        # No agent of this machine uses an id of another: the host may still have that request open.
+        self._requests = int(self._clock.get("agent", 0) * 1000)
+        self._command: Command | None = None
         self._pending: Message | None = None
         self._draining = False
 
@@ -432,11 +623,11 @@ class Agent:
             raise ValueError("an early: word needs no channel")
         pause = FIRST_BACKOFF
         while True:
-            fd = self._dial()
+            channel, fd = self._dial()
             if fd is None:
                 pause = min(2 * pause, LAST_BACKOFF)
             else:
-                wire = Wire(fd)
+                wire = Wire(fd, outlives_agents=channel.startswith("virtio-serial:"))
                 try:
                     pause = self.converse(wire)
                 except Closed as error:
@@ -446,8 +637,14 @@ class Agent:
                     self._say_bye(wire, str(bye))
                     return
                 finally:
+                    self._end_command()
                     wire.close()
             time.sleep(pause)
+
+    def _end_command(self) -> None:
+        if self._command is not None:
+            self._command.kill()
+            self._command = None
 
     def _say_bye(self, wire: Wire, reason: str) -> None:
         try:
@@ -457,9 +654,13 @@ class Agent:
 
     def converse(self, wire: Wire) -> float:
         """One connection, from hello on. Returns seconds to wait after a refusal; raises Closed or Bye."""
+        if wire.outlives_agents:
+            wire.begin()
         wire.send(self._hello())
         if self.owns_machine:
             grow_root()
+        if wire.outlives_agents:
+            wire.skip_to_mark()
         while True:
             message = wire.receive()
             assert message is not None
@@ -471,19 +672,19 @@ class Agent:
                     return REFUSED_BACKOFF
                 case "ping":
                     wire.send({"kind": "pong", "nonce": message.get("nonce")})
-        if not self._started:
-            self._started = True
-            self._advance(wire, None)
-        elif self._pending is not None:
-            self._advance(wire, {"kind": "lost", "code": "connection_lost"})
+        if "exec" not in message["capabilities"]:  # else the host says what to do
+            self._go_on(wire)
+        # In JSON a byte may take six.
+        chunk = min(CHUNK, (message["limits"].get("frame", MAX_FRAME) - 256) // 6)
         deadline: float | None = None
         while True:
-            if self._draining and self._pending is None:
+            if self._draining and self._pending is None and self._command is None:
                 raise Bye("drained")
-            left = None if deadline is None else deadline - time.monotonic()
-            message = wire.receive(left)
+            message = self._next(wire, deadline)
             if message is None:
-                raise Bye("drained")
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise Bye("drained")
+                continue
             kind = message["kind"]
             if kind == "ping":
                 wire.send({"kind": "pong", "nonce": message.get("nonce")})
@@ -491,12 +692,39 @@ class Agent:
                 self._draining = True
                 # Half of the time for what is under way, the other half for the way out.
                 deadline = time.monotonic() + float(message.get("deadline", 0)) / 2
+                if self._command is not None:
+                    self._command.cancel()
                 if self._pending is not None and self._pending["kind"] == "tool.invoke":
                     wire.send({"kind": "tool.cancel", "id": self._pending["id"]})
             elif kind in TERMINAL and self._pending is not None and message.get("id") == self._pending["id"]:
                 self._advance(wire, message)
+            elif kind == "exec" and self._command is None:
+                self._command = Command(self, wire, message, chunk)
+            elif kind == "exec.cancel" and self._command is not None:
+                self._command.cancel()
             elif kind == "error":
                 raise Closed(f"{message.get('code')}: {message.get('message')}")
+
+    def _go_on(self, wire: Wire) -> None:
+        """Begins the script, or tells it that its request is lost with the connection before."""
+        if not self._started:
+            self._started = True
+            self._advance(wire, None)
+        elif self._pending is not None:
+            self._advance(wire, {"kind": "lost", "code": "connection_lost"})
+
+    def _next(self, wire: Wire, deadline: float | None) -> Message | None:
+        """The next message; None at the deadline and when the command has ended. Raises Closed."""
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            message = wire.receive(left if self._command is None else 0)
+            if message is not None or self._command is None or (left is not None and left <= 0):
+                return message
+            outcome = self._command.step(wire, left)
+            if outcome is not None:
+                self._command = None
+                wire.send(outcome)
+                return None
 
     def _hello(self) -> Message:
         hello: Message = {
@@ -512,15 +740,16 @@ class Agent:
             hello["clock"] = {**self._clock, "hello": round(boottime(), 3)}
         return hello
 
-    def _dial(self) -> int | None:
+    def _dial(self) -> tuple[str, int | None]:
         for channel in self.settings.channels:
             try:
-                return open_channel(channel)
+                return channel, open_channel(channel)
             except OSError:
                 continue
-        return None
+        return "", None
 
-    def _play(self, words: list[str]) -> Script:
+    def play(self, words: list[str]) -> Script:
+        """What the words make of the session, in order."""
         for word in words:
             name, _, argument = word.partition(":")
             if name not in BEHAVIOURS:
@@ -540,6 +769,8 @@ class Agent:
         self._requests += 1
         letter = request["kind"][0]
         self._pending = {**request, "id": f"{letter}{self._requests}"}
+        if request["kind"] == "hangup":
+            raise Closed("asked for")
         wire.send(self._pending)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
+from kenaz_engine.channel.connection import Connection
 from kenaz_engine.channel.harness import HarnessError, HarnessLink
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.relay import (
@@ -26,13 +27,14 @@ from kenaz_engine.channel.relay import (
     GuestChannel,
     HandshakeError,
     Lost,
+    NotExecuted,
     ProtocolViolation,
     Report,
     Violated,
     handshake,
     refuse,
 )
-from kenaz_engine.channel.transports import Accepted, Listener, TransportError
+from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
@@ -52,6 +54,7 @@ from kenaz_engine.session.guest import (
     launch_request,
 )
 from kenaz_engine.session.ledger import AcquireTimeout, Made
+from kenaz_engine.session.lifecycles import executes
 from kenaz_engine.session.prepare import Prepared
 from kenaz_engine.session.recorder import Recorder, RecordLost
 from kenaz_engine.session.resources import file_handle, made_directory, made_file, open_reference
@@ -81,7 +84,13 @@ Connect = Callable[[], Awaitable[HarnessLink]]
 """How the session reaches its harness, once the guest is there."""
 
 CAPABILITIES = frozenset({"tools", "prompts"})
-"""What a guest may be granted."""
+"""What a guest may be granted, where a harness takes part."""
+
+COMMANDS = frozenset({"exec"})
+"""What it is granted in sessions that run one command."""
+
+Show = Callable[[str, str], None]
+"""Gets what the guest's command wrote: `stdout` or `stderr`, and the text. It may not wait."""
 
 
 class Activities:
@@ -94,13 +103,16 @@ class Activities:
         recorder: Recorder,
         connect: Connect,
         failed: Callable[[], bool],
+        show: Show,
     ) -> None:
+        self.exit_code: int | None = None
         self._console: Console | None = None
         self._prepared = prepared
         self._layout = layout
         self._recorder = recorder
         self._connect = connect
         self._failed = failed
+        self._show = show
         self._harness: HarnessLink | None = None
         self._claim: Claim | None = None
         self._token = secrets.token_urlsafe(32)
@@ -114,6 +126,7 @@ class Activities:
         self._channel_released = False
         self._channel_wanted = trio.Event()
         self._channel_ended = trio.Event()
+        self._peer = ""
 
     def table(self) -> dict[str, ActivityFunction]:
         """The activities by name: exactly those that are declared."""
@@ -122,7 +135,9 @@ class Activities:
             "disk.allocate": self._allocate,
             "vm.start": self._start_machine,
             "channel.accept": self._accept,
+            "channel.reaccept": self._reaccept,
             "session.serve": self._serve,
+            "session.exec": self._execute,
             "session.drain": self._drain,
             "vm.stop": self._stop_machine,
             "vm.kill": self._kill_machine,
@@ -281,7 +296,7 @@ class Activities:
         assert self._listener is not None
         try:
             accepted = await self._listener.accept()
-            await self._greet(accepted, work)
+            await self._greet(accepted.stream, accepted.peer, work)
         except HandshakeError as exc:
             if exc.code == "lost":
                 await self._unless_exiting()
@@ -294,7 +309,24 @@ class Activities:
         if self._machine_exited.is_set():
             await trio.sleep_forever()
 
-    async def _greet(self, accepted: Accepted, work: Work) -> None:
+    async def _reaccept(self, work: Work) -> None:
+        """The lost channel is given back. Where its guest's agent has begun anew on the stream, that goes on;
+        else the guest dials again."""
+        lost, peer = self._channel, self._peer
+        assert lost is not None
+        stays = lost.detach()
+        try:
+            await work.ledger.release("channel")
+            if stays is None:
+                await self._accept(work)
+            else:
+                await self._greet(stays, peer, work)
+        except BaseException:
+            if stays is not None:
+                await stays.aclose()
+            raise
+
+    async def _greet(self, stream: trio.SocketStream | Connection, peer: str, work: Work) -> None:
         # Ids are given in order: the channel's is the next.
         ledger_id = work.ledger.last + 1
 
@@ -305,19 +337,26 @@ class Activities:
             work.put(Event("guest.bye", {"reason": farewell.reason}, id=ledger_id))
 
         guest = await handshake(
-            accepted.stream, self._expected(), on_message=report, on_bye=bye, touch=work.touch
+            stream,
+            self._expected(),
+            after=self._channel,
+            on_message=report,
+            on_bye=bye,
+            touch=work.touch,
         )
         hello = guest.hello
         fields = {"agent": hello.agent, "build": hello.build, "clock": dict(hello.clock)}
         self._recorder.append("note", {"about": "hello", **fields})
 
         async def make() -> tuple[Made, None]:
-            self._channel = guest
+            self._channel, self._peer = guest, peer
+            self._channel_released = False
+            self._channel_wanted, self._channel_ended = trio.Event(), trio.Event()
             await work.start(partial(self._own_channel, guest, ledger_id, work))
-            return Made({"peer": accepted.peer}, self._end_channel), None
+            return Made({"peer": peer}, self._end_channel), None
 
         try:
-            await work.ledger.acquire("channel", "stream", {"peer": accepted.peer}, make, uses=("vm",))
+            await work.ledger.acquire("channel", "stream", {"peer": peer}, make, uses=("vm",))
         except BaseException:
             await guest.aclose()
             raise
@@ -329,7 +368,8 @@ class Activities:
             token=self._token,
             tools=ToolPolicy(resolved.tools.allow, resolved.tools.deny),
             limits=channel_limits(resolved),
-            capabilities=CAPABILITIES,
+            capabilities=COMMANDS if executes(self._prepared.lifecycle) else CAPABILITIES,
+            one_stream=self._prepared.transport == "virtio-serial",
         )
 
     async def _own_channel(
@@ -373,20 +413,51 @@ class Activities:
         self._channel_wanted.set()
         await self._channel.aclose()
         await self._channel_ended.wait()
-        if self._harness is not None:
-            await self._harness.aclose("failure" if self._failed() else "success")
 
     async def _serve(self, work: Work) -> dict[str, Any]:
         assert self._channel is not None
         if self._harness is None:
-            self._harness = await self._connect()
-            await work.start(partial(_own_harness, self._harness))
+            await self._join(await self._connect(), work)
+        assert self._harness is not None
         self._channel_wanted.set()
         end = await self._channel.serve(self._harness)
         if end.by == "guest":
             # How it left is an event of its own, and decides.
             await trio.sleep_forever()
         return {"by": end.by}
+
+    async def _join(self, harness: HarnessLink, work: Work) -> None:
+        """The link to the harness is the session's own: it outlives a channel that is lost."""
+
+        async def release() -> None:
+            self._harness = None
+            await harness.aclose("failure" if self._failed() else "success")
+
+        async def make() -> tuple[Made, None]:
+            await work.start(partial(_own_harness, harness))
+            self._harness = harness
+            return Made({}, release), None
+
+        try:
+            await work.ledger.acquire("harness", "stream", {}, make)
+        except BaseException:
+            await harness.aclose("failure")
+            raise
+
+    async def _execute(self, work: Work) -> dict[str, Any]:
+        assert self._channel is not None
+        argv = self._prepared.resolved.workbench.args
+        if not COMMANDS.issubset(self._channel.hello.capabilities):
+            raise ActivityError("the guest's agent runs no commands", hint="take an image whose agent does")
+        self._channel_wanted.set()
+        ended = await self._channel.execute(argv, self._show)
+        if ended is None:
+            # How it left is an event of its own, and decides.
+            await trio.sleep_forever()
+        if isinstance(ended, NotExecuted):
+            raise ActivityError(f"{argv[0]}: {ended.code}", code=ended.code)
+        self.exit_code = ended.code
+        return {"code": ended.code, "message": f"exit code {ended.code}"}
 
     async def _drain(self, work: Work) -> None:
         assert self._channel is not None

@@ -13,6 +13,7 @@ from pathlib import Path
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
 from kenaz_engine.channel.protocol import Limits
 from kenaz_engine.images.manifest import Image
+from kenaz_engine.session.lifecycles import executes
 from kenaz_engine.session.prepare import Prepared
 from kenaz_engine.spec.resolve import ResolvedSession
 
@@ -71,9 +72,10 @@ def guest_variables(prepared: Prepared, layout: Layout, token: str) -> dict[str,
         "KENAZ_SESSION_ID": resolved.id,
         "KENAZ_CHANNEL": guest_address(prepared, layout),
         "KENAZ_WORKBENCH_BUILD": resolved.workbench.build,
-        "KENAZ_WORKBENCH_ARGS": json.dumps(list(resolved.workbench.args)),
         **{f"KENAZ_ENVGRANT_{name}": value for name, value in resolved.workbench.env.items()},
     }
+    if not executes(prepared.lifecycle):
+        variables["KENAZ_WORKBENCH_ARGS"] = json.dumps(list(resolved.workbench.args))
     connectors = connector_ids(resolved.tools.allow)
     return variables | ({"KENAZ_MCP_ALLOWLIST": ",".join(connectors)} if connectors else {})
 

@@ -16,7 +16,7 @@ from kenaz_engine.journal.records import FORMAT
 from kenaz_engine.journal.writer import Journal
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.recorded import lifecycle_fields
-from kenaz_engine.session.activities import Activities, Connect
+from kenaz_engine.session.activities import Activities, Connect, Show
 from kenaz_engine.session.control import serve_control
 from kenaz_engine.session.directory import (
     DirectoryError,
@@ -39,12 +39,13 @@ from kenaz_engine.spec.resolve import describe
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a session came to. `console` are the last lines that the guest printed; `tracebacks` are of
-    defects, for `--debug`."""
+    defects, for `--debug`. `exit_code` is that of the guest's command, where one was run to its end."""
 
     outcome: Outcome
     directory: Path
     console: tuple[str, ...]
     tracebacks: tuple[str, ...]
+    exit_code: int | None = None
 
     @property
     def journal(self) -> Path:
@@ -55,9 +56,12 @@ class Result:
 class Session:
     """A session of a prepared spec. `run` it once."""
 
-    def __init__(self, prepared: Prepared, connect: Connect, observers: tuple[Observer, ...] = ()) -> None:
+    def __init__(
+        self, prepared: Prepared, connect: Connect, show: Show, observers: tuple[Observer, ...] = ()
+    ) -> None:
         self._prepared = prepared
         self._connect = connect
+        self._show = show
         self._observers = observers
         self._runner: Runner | None = None
         self._early: list[Event] = []
@@ -86,7 +90,7 @@ class Session:
             recorder = Recorder(journal, self._observers)
             recorder.append("header", _header(self._prepared))
             ledger = Ledger(recorder, BY_INTENT)
-            activities = Activities(self._prepared, layout, recorder, self._connect, self._failed)
+            activities = Activities(self._prepared, layout, recorder, self._connect, self._failed, self._show)
             machine = Machine(self._prepared.lifecycle, VOCABULARY)
             self._runner = Runner(machine, activities.table(), ledger, recorder)
             for event in self._early:
@@ -98,7 +102,13 @@ class Session:
                 nursery.start_soon(serve_control, listener, self._asked)
                 outcome = await self._runner.run()
                 nursery.cancel_scope.cancel()
-            return Result(outcome, directory.path, activities.console_tail(), tuple(self._runner.tracebacks))
+            return Result(
+                outcome,
+                directory.path,
+                activities.console_tail(),
+                tuple(self._runner.tracebacks),
+                activities.exit_code,
+            )
         finally:
             journal.close()
 

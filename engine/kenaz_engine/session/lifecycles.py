@@ -53,6 +53,11 @@ def lifecycle_faults(lifecycle: Lifecycle) -> list[Fault]:
     return [finding.fault(lifecycle.file) for finding in analyse(lifecycle, VOCABULARY)]
 
 
+def executes(lifecycle: Lifecycle) -> bool:
+    """True for sessions that run one command, which the launcher tells the guest over the channel."""
+    return any(state.invoke == "session.exec" for state in lifecycle.states.values())
+
+
 def examine(resolved: ResolvedSession) -> tuple[Lifecycle, list[Fault]]:
     """The spec's lifecycle with the spec's own deadlines, and all that is wrong with it, warnings too.
 
@@ -69,6 +74,10 @@ def examine(resolved: ResolvedSession) -> tuple[Lifecycle, list[Fault]]:
         for state in resolved.timeouts
         if state not in waiting
     ]
+    if executes(lifecycle) and not resolved.workbench.args:
+        message = f"the lifecycle `{lifecycle.name}` runs a command, and there is none"
+        hint = 'name one, such as ["sh", "-c", "ls"]'
+        faults.append(resolved.fault(("spec", "workbench", "args"), message, hint))
     return with_deadlines(lifecycle, VOCABULARY, resolved.timeouts, 1.0), faults
 
 
