@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -13,11 +14,14 @@ import jsonschema
 import pytest
 import trio
 
+from kenaz_engine.journal.reader import Recording
 from kenaz_engine.journal.records import GENESIS, encode
 from kenaz_engine.lifecycle.loader import load_lifecycle
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.model import Lifecycle
+from kenaz_engine.lifecycle.recorded import lifecycle_fields
 from kenaz_engine.lifecycle.vocabulary import Resource, Vocabulary
+from kenaz_engine.replay.replayer import replay
 from kenaz_engine.session.ledger import Ledger, Made
 from kenaz_engine.session.recorder import Observer, Recorder
 from kenaz_engine.session.runner import ActivityFunction, Outcome, Runner, Work
@@ -98,6 +102,7 @@ class Session:
     ledger: Ledger
     recorder: Recorder
     journal: MemoryJournal
+    lifecycle: Lifecycle
     released: list[str] = field(default_factory=list)
 
     def put(self, kind: str, *, id: int | None = None, **data: Any) -> None:
@@ -188,7 +193,7 @@ def small() -> str:
 def session(
     lifecycle: Callable[[str], Lifecycle], record_schema: jsonschema.Draft202012Validator
 ) -> Iterator[Callable[..., Session]]:
-    """Makes sessions; every record that they wrote is held against the schema in the end."""
+    """Makes sessions; every record that they wrote is held against the schema in the end, and replayed."""
     made: list[Session] = []
 
     def build(
@@ -214,12 +219,18 @@ def session(
                 raise OSError(f"{left[0].resource}: {left[0].error}")
 
         table: dict[str, ActivityFunction] = {"work": _nothing, "clean": clean, **activities}
-        machine = Machine(lifecycle(text), THINGS)
+        built = lifecycle(text)
+        machine = Machine(built, THINGS)
         runner = Runner(machine, table, ledger, recorder, settle=True, jitter=jitter)
-        made.append(Session(runner, ledger, recorder, journal, released))
+        made.append(Session(runner, ledger, recorder, journal, built, released))
         return made[-1]
 
     yield build
     for one in made:
         for record in one.journal.records:
             record_schema.validate(record)
+        if one.runner.outcome is not None:
+            header = {"kind": "header", "seq": 0, **lifecycle_fields(one.lifecycle)}
+            recording = Recording(Path("memory"), [header, *one.journal.records], torn=False)
+            result = replay(recording, vocabulary=THINGS)
+            assert result.ok, str(result)

@@ -642,7 +642,10 @@ def check_shape(record: Record) -> None:
     """Raises Damaged when the schema does not allow the record. Slow: for when something failed."""
     from jsonschema.exceptions import best_match
 
-    if error := best_match(_validator().iter_errors(dict(record))):
+    errors = list(_validator().iter_errors(dict(record)))
+    # A part that does not fit leaves its fields unevaluated, which says nothing by itself.
+    telling = [error for error in errors if error.validator != "unevaluatedProperties"]
+    if error := best_match(telling or errors):
         raise Damaged(record["seq"] + 1, f"is no `{record['kind']}` record: {error.message}") from None
 
 
