@@ -1,0 +1,57 @@
+"""The control socket: what is asked, what is answered, and who cannot hurt it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from kenaz_engine.channel.transports.unix import listen_unix
+from kenaz_engine.session.control import ControlError, ask, serve_control
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="UNIX sockets")
+
+
+@asynccontextmanager
+async def served(directory: Path) -> AsyncIterator[tuple[Path, list[str]]]:
+    directory.chmod(0o700)
+    path, asked = directory / "control.sock", list[str]()
+    async with trio.open_nursery() as nursery:
+        listener = listen_unix(path)
+        nursery.start_soon(serve_control, listener, asked.append)
+        yield path, asked
+        await listener.aclose()
+
+
+async def test_a_session_is_asked_to_end_and_to_abort(tmp_path: Path) -> None:
+    async with served(tmp_path) as (path, asked):
+        await ask(path, "end")
+        await ask(path, "abort")
+        assert asked == ["end", "abort"]
+
+
+async def test_an_unknown_command_is_refused_by_name(tmp_path: Path) -> None:
+    async with served(tmp_path) as (path, asked):
+        with pytest.raises(ControlError, match="unknown command; known are end, abort"):
+            await ask(path, "destroy")
+        assert asked == []
+
+
+@pytest.mark.parametrize("said", [b"nonsense\n", b"[]\n", b"[" * 4096, b"\xff\n"])
+async def test_nonsense_is_answered_and_survived(tmp_path: Path, said: bytes) -> None:
+    async with served(tmp_path) as (path, asked):
+        async with await trio.open_unix_socket(str(path)) as stream:
+            await stream.send_all(said)
+            assert json.loads(await stream.receive_some(4096))["ok"] is False
+        await ask(path, "end")
+        assert asked == ["end"]
+
+
+async def test_a_session_that_is_gone_does_not_answer(tmp_path: Path) -> None:
+    with pytest.raises(ControlError, match="does not answer"):
+        await ask(tmp_path / "none.sock", "end")
