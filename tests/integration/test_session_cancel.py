@@ -76,7 +76,7 @@ async def run_cancelled_at(step: int) -> tuple[int, Any]:
         trio.lowlevel.add_instrument(instrument)
         try:
             with trio.fail_after(30):
-                result = await Session(prepared, connect).run()
+                result = await Session(prepared, connect, lambda stream, text: None).run()
         finally:
             trio.lowlevel.remove_instrument(instrument)
     return instrument.steps, result
