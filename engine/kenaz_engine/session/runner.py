@@ -129,8 +129,8 @@ class Outcome:
 class Runner:
     """One session's run.
 
-    `settle` is for virtual time: the order of simultaneous events is then fixed, with `opposite` the other way
-    round. `jitter` draws from [0, 1).
+    `settle` is for virtual time: the order of simultaneous events is then fixed, with `opposite` the other
+    way round. `jitter` draws from [0, 1).
     """
 
     def __init__(
