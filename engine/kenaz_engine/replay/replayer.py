@@ -225,7 +225,9 @@ class Replayer:
                 return self._misplaced(record, "nothing")
             found = take(record) if take is not None else self._take_remark(record)
         except MISSHAPEN:
-            check_shape(record)
+            # The one at fault may be an earlier one, which this one was compared with.
+            for each in (record, *self._recording.records):
+                check_shape(each)
             raise
         self._records += 1
         return found
