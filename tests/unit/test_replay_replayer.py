@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 import trio.testing
 
 from kenaz_engine.journal.reader import Recording, read_journal
@@ -457,6 +458,26 @@ class TestDamage:
     def test_lines_that_are_none_are_left_out(self) -> None:
         assert not replay(changed(lambda records: records[0].update(lines=7))).ok
         assert not replay(changed(lambda records: records[0].update(lines={"/a": "b"}))).ok
+
+
+async def test_effects_are_carried_out_before_the_next_event_is_taken(
+    session: Callable[..., Any], autojump_clock: trio.testing.MockClock
+) -> None:
+    """Three events at once: each is decided, and the state that it leads to entered, before the next."""
+
+    async def long(work: Any) -> None:
+        await trio.sleep(5)
+
+    one = session(work=long, clean=long)
+    await one.run((1, lambda: [one.put(kind) for kind in ("end", "abort", "thing.alarm")]))
+    kinds = [
+        (r["kind"], r.get("type") or r.get("state")) for r in one.journal.of("event", "decision", "entered")
+    ]
+    assert kinds == [
+        *(("entered", "working"), ("event", "abort"), ("decision", "cleaning"), ("entered", "cleaning")),
+        *(("event", "end"), ("decision", "cleaning"), ("event", "thing.alarm"), ("decision", "cleaning")),
+        *(("event", "done"), ("decision", "failed")),
+    ]
 
 
 async def test_every_runner_s_journal_replays_on_its_lifecycle_alone(
