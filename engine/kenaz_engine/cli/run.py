@@ -8,21 +8,22 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import trio
 
-from kenaz_engine.channel.harness import DemoHarness, HarnessLink, connect_harness
 from kenaz_engine.cli.failures import ENVIRONMENT, FAILED, INTERRUPTED, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.live import JsonLines, Live, View
-from kenaz_engine.session.activities import Connect
 from kenaz_engine.session.directory import DirectoryError
-from kenaz_engine.session.guest import channel_limits
 from kenaz_engine.session.launch import Result, Session
 from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.prepare import prepare
+from kenaz_engine.session.seams import Connect
 from kenaz_engine.spec.files import read
 from kenaz_engine.spec.resolve import ResolvedSession, load_session
+
+if TYPE_CHECKING:
+    from kenaz_engine.channel.harness import HarnessLink
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +89,9 @@ async def _watched(session: Session, signals: _Signals, view: View) -> Result:
 
 def _connector(address: str | None, view: View, resolved: ResolvedSession) -> Connect:
     async def connect() -> HarnessLink:
+        from kenaz_engine.channel.harness import DemoHarness, connect_harness
+        from kenaz_engine.session.conversation import channel_limits
+
         if address is None:
             return DemoHarness(view.say)
         return await connect_harness(address, channel_limits(resolved))

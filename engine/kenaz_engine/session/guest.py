@@ -11,11 +11,9 @@ from importlib import resources
 from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
-from kenaz_engine.channel.protocol import Limits
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
 from kenaz_engine.session.prepare import Prepared
-from kenaz_engine.spec.resolve import ResolvedSession
 
 ENVIRONMENT_FILE = "kenaz.env"
 """The file on the config disk; systemd's EnvironmentFile syntax."""
@@ -88,17 +86,6 @@ def connector_ids(patterns: Iterable[str]) -> list[str]:
     """
     first = {pattern.split(".", 1)[0] for pattern in patterns}
     return sorted(name for name in first if _CONNECTOR.fullmatch(name))
-
-
-def channel_limits(resolved: ResolvedSession) -> Limits:
-    """What both ends of the channel may take."""
-    limits = resolved.channel.limits
-    return Limits(
-        frame=limits.frame,
-        depth=limits.depth,
-        invocations=limits.invocations,
-        handshake=limits.handshake,
-    )
 
 
 def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from kenaz_engine.journal.records import FORMAT
 from kenaz_engine.journal.writer import Journal
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.recorded import lifecycle_fields
-from kenaz_engine.session.activities import Activities, Connect, Show
+from kenaz_engine.session.activities import Activities
 from kenaz_engine.session.control import serve_control
 from kenaz_engine.session.directory import (
     DirectoryError,
@@ -32,6 +32,7 @@ from kenaz_engine.session.prepare import Prepared
 from kenaz_engine.session.recorder import Observer, Recorder, RecordLost
 from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
 from kenaz_engine.session.runner import SWEEP, Outcome, Runner
+from kenaz_engine.session.seams import Connect, Show
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.resolve import describe
 

@@ -1,0 +1,29 @@
+"""What the machine's side of a session and its channel's side share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from kenaz_engine.channel.harness import HarnessLink
+
+EXIT_GRACE = 0.25
+"""Seconds to wait for the machine's exit before a broken stream counts for itself."""
+
+Connect = Callable[[], Awaitable["HarnessLink"]]
+"""How the session reaches its harness, once the guest is there."""
+
+Show = Callable[[str, str], None]
+"""Gets what the guest's command wrote: `stdout` or `stderr`, and the text. It may not wait."""
+
+
+async def unless_exiting(machine_exited: trio.Event) -> None:
+    """The streams of a machine that ends break first. Its end is what happened, and is put elsewhere: then
+    this never returns."""
+    with trio.move_on_after(EXIT_GRACE):
+        await machine_exited.wait()
+    if machine_exited.is_set():
+        await trio.sleep_forever()
