@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from kenaz_engine.channel.framing import MARK
 from kenaz_engine.guest.build import BuildError, build
 from kenaz_engine.images.catalog import Image, default_cache, find_image, load_image, verify_image
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
@@ -82,7 +83,8 @@ class Guest:
         # fmt: on
 
     def receive(self) -> Message | None:
-        header = self._stream.read(4)
+        while (header := self._stream.read(4)) == MARK:
+            pass
         if len(header) < 4:
             return None
         message = json.loads(self._stream.read(int.from_bytes(header, "big")))
@@ -97,6 +99,7 @@ class Guest:
     def welcome(self) -> Message:
         hello = self.receive()
         assert hello is not None
+        self._stream.write(MARK)
         self.send(kind="welcome", protocol=1, session="s-1", capabilities=[], limits={}, tools={})
         return hello
 

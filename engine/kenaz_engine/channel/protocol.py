@@ -129,10 +129,10 @@ class Bye:
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """The guest's agent has begun anew on its stream; this channel is closed, and its hello opens the next.
-    `hello` is that message, where it has come already."""
+    """The guest's agent has begun anew on its stream with this payload, its mark or its hello: the first one
+    of the next channel. This one is closed."""
 
-    hello: bytes
+    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,8 +423,8 @@ class GuestProtocol:
             return []
         return self._restarted(b"", Report("from-guest", "", "", "", 0, "restarted"))
 
-    def _restarted(self, hello: bytes, report: Report) -> list[Action]:
-        return [report, *self._close("lost"), Restarted(hello)]
+    def _restarted(self, payload: bytes, report: Report) -> list[Action]:
+        return [report, *self._close("lost"), Restarted(payload)]
 
     def _answer_hello(self, message: dict[str, Any]) -> list[Action]:
         """A mark is answered by a mark: what stood before it was for an agent that is gone [F6]."""

@@ -369,9 +369,8 @@ class GuestChannel:
             match self._apply(actions):
                 case Bye() as bye:
                     end = bye
-                case Restarted(hello):
-                    if hello:
-                        self._connection.give_back(hello)
+                case Restarted(payload):
+                    self._connection.give_back(payload)
                     self._restarted = True
                     end = Lost("the guest's agent started again")
                 case Violation(_, code, message):

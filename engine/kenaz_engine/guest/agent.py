@@ -672,10 +672,11 @@ class Agent:
                     return REFUSED_BACKOFF
                 case "ping":
                     wire.send({"kind": "pong", "nonce": message.get("nonce")})
-        if "exec" not in message["capabilities"]:  # else the host says what to do
+        if "exec" not in message.get("capabilities", ()):  # else the host says what to do
             self._go_on(wire)
         # In JSON a byte may take six.
-        chunk = min(CHUNK, (message["limits"].get("frame", MAX_FRAME) - 256) // 6)
+        frame = message.get("limits", {}).get("frame", MAX_FRAME)
+        chunk = min(CHUNK, (frame - 256) // 6)
         deadline: float | None = None
         while True:
             if self._draining and self._pending is None and self._command is None:
