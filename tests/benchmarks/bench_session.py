@@ -101,9 +101,12 @@ def scripted(argv: list[str], folder: Path) -> dict[str, float]:
 
 
 def frame(channel: socket.socket) -> bytes:
-    """One length-prefixed payload."""
+    """One length-prefixed payload; a mark before it (rule F6 of the protocol) is passed over."""
     stream = channel.makefile("rb")
-    (size,) = struct.unpack(">I", stream.read(4))
+    first = b"\xff"
+    while first == b"\xff":
+        first = stream.read(1)
+    (size,) = struct.unpack(">I", first + stream.read(3))
     return stream.read(size)
 
 
