@@ -79,12 +79,10 @@ class Decoder:
             raise Damaged(number, "is not JSON")
         if not isinstance(record, dict):
             raise Damaged(number, "is not a record")
-        if self._seq == 0 and (record.get("kind") != "header" or record.get("format") != FORMAT):
-            raise Damaged(
-                number,
-                f"is not the header of a journal of format {FORMAT}; it says "
-                f"kind {record.get('kind')!r}, format {record.get('format')!r}",
-            )
+        if self._seq == 0 and record.get("kind") != "header":
+            raise Damaged(number, f"is no header: its kind is {record.get('kind')!r}")
+        if self._seq == 0 and record.get("format") != FORMAT:
+            raise Damaged(number, f"is of format {record.get('format')!r}; this version reads {FORMAT}")
         if record.get("seq") != self._seq:
             raise Damaged(
                 number, f"record {self._seq} is expected here, found {record.get('seq')!r}: missing or moved"

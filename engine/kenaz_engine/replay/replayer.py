@@ -559,20 +559,27 @@ def recorded_lifecycle(recording: Recording) -> Lifecycle:
     header = recording.header
     if header is None:
         raise Damaged(1, "there is no header: the launcher died before it was written")
-    parts = json.dumps([header.get("lifecycle"), header.get("lines", {})])
+    parts = {"lifecycle": header.get("lifecycle"), "lines": header.get("lines")}
     try:
-        return _loaded(parts, str(recording.path))
+        return _loaded(_Parts(repr(parts), parts))
     except InvalidFile as invalid:
         fault = invalid.faults[0]
         message = f"the lifecycle in the header cannot be read: {fault.path}: {fault.message}"
         raise Damaged(1, message) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The part of a header that makes a lifecycle; the text tells 1 from true, which the data do not."""
+
+    text: str
+    data: Mapping[str, Any] = field(compare=False)
+
+
 @lru_cache(maxsize=64)
-def _loaded(parts: str, file: str) -> Lifecycle:
-    """Many journals have the same lifecycle, and loading it takes as long as replaying a session."""
-    lifecycle, lines = json.loads(parts)
-    return lifecycle_from({"lifecycle": lifecycle, "lines": lines}, file)
+def _loaded(parts: _Parts) -> Lifecycle:
+    """Many journals have the same lifecycle, and loading it takes longer than replaying a session."""
+    return lifecycle_from(parts.data, "the journal's header")
 
 
 def _as_run(lifecycle: Lifecycle, header: Record, vocabulary: Vocabulary) -> Lifecycle:
