@@ -1,0 +1,3 @@
+"""People who drive."""
+
+LICENSED = ["Ada", "Grace"]

@@ -1,0 +1,3 @@
+"""Motors, which have nothing to do with virtual machines."""
+
+CYLINDERS = 4
