@@ -79,8 +79,16 @@ def test_a_valid_session_and_lifecycle(put: Put, capsys: Capture) -> None:
     ("text", "message"),
     [
         ("a: [", "file.yaml:1:5: "),
-        ("[]", "file.yaml:1:1: `kind` is missing (add `kind: Session` or add `kind: Lifecycle`)"),
-        ("kind: 7", "file.yaml:1:7: kind: must be Session or Lifecycle, not `7` (known: Lifecycle, Session)"),
+        (
+            "[]",
+            "file.yaml:1:1: `kind` is missing "
+            "(add `kind: Session` or add `kind: Lifecycle` or add `kind: Scenario`)",
+        ),
+        (
+            "kind: 7",
+            "file.yaml:1:7: kind: must be Session, Lifecycle or Scenario, not `7` "
+            "(known: Lifecycle, Scenario, Session)",
+        ),
         ("kind: session", "not `session` (did you mean `Session`?)"),
         (session("lifecycle: standrad"), "file.yaml:5:19: spec.lifecycle: there is no lifecycle `standrad`"),
         (
@@ -161,8 +169,8 @@ def test_json_for_programs(put: Put, capsys: Capture, form: list[str]) -> None:
                 "level": "error",
                 "code": None,
                 "path": "kind",
-                "message": "must be Session or Lifecycle, not `x`",
-                "hint": "known: Lifecycle, Session",
+                "message": "must be Session, Lifecycle or Scenario, not `x`",
+                "hint": "known: Lifecycle, Scenario, Session",
             }
         ],
     }
@@ -202,3 +210,53 @@ def test_graph_draws_files_and_takes_the_deadlines_of_a_session(put: Put, capsys
 def test_graph_of_nothing(put: Put, capsys: Capture, what: str, message: str) -> None:
     assert main(["graph", what]) == 2
     assert message in capsys.readouterr().err
+
+
+SCENARIO = """
+    apiVersion: kenaz.dev/v1
+    kind: Scenario
+    metadata: {name: panic}
+    lifecycle: %s
+"""
+
+
+def test_a_scenario_and_a_wrong_one(put: Put, capsys: Capture) -> None:
+    """Warnings of its lifecycle are not the scenario's."""
+    put(WARNED, "own.yaml")
+    assert main(["validate", put(SCENARIO % "./own.yaml")]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (
+        "file.yaml: ok: scenario on lifecycle warned, 4 states, an abort ends it within 15s\n",
+        "",
+    )
+    assert main(["validate", put(SCENARIO % "standrad", "wrong.yaml")]) == 2
+    assert "wrong.yaml:5:12: lifecycle: there is no lifecycle `standrad`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("apiVersion: kenaz.dev/v1\nkind: [\n", True),
+        ("# first\n'apiVersion' : \"kenaz.dev/v9\"\n", True),
+        ('{"apiVersion": "kenaz.dev/v1"}\n', True),
+        ("\ufeffapiVersion: kenaz.dev/v1\n", True),
+        ("apiVersion: apps/v1\nkind: Deployment\n", False),
+        ("data:\n  apiVersion: kenaz.dev/v1\n", False),
+        ("# apiVersion: kenaz.dev/v1\n", False),
+        ("{{ template }}\n---\n", False),
+        ("", False),
+    ],
+)
+def test_files_of_others_are_passed_over(put: Put, capsys: Capture, text: str, ours: bool) -> None:
+    assert main(["validate", put(text)]) == 2
+    capsys.readouterr()
+    assert main(["validate", "--ours-only", put(text)]) == (2 if ours else 0)
+    out, err = capsys.readouterr()
+    assert (out, bool(err)) == ("", ours)
+    assert main(["validate", "--ours-only", "--json", put(text)]) == (2 if ours else 0)
+    assert len(json.loads(capsys.readouterr().out)["files"]) == ours
+
+
+def test_what_cannot_be_read_is_not_passed_over(put: Put, capsys: Capture) -> None:
+    assert main(["validate", "--ours-only", "gone.yaml"]) == 2
+    assert "gone.yaml: does not exist" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from kenaz_engine.cli.failures import (
 COMMANDS = {
     "run": "run a session to its end",
     "validate": "check files and say everything that is wrong with them",
+    "schema": "print the JSON Schema of a kind of file",
     "plan": "show what a session would be made of, and make nothing",
     "graph": "draw a lifecycle",
     "explain": "say what an event would lead to in a state, and why",

@@ -11,7 +11,7 @@ from kenaz_engine.spec.resolve import ResolvedSession, load_session
 from kenaz_engine.spec.schema import suggestion
 from kenaz_engine.spec.yamlfile import dotted, parse, shorten
 
-KINDS = ("Session", "Lifecycle")
+KINDS = ("Session", "Lifecycle", "Scenario")
 
 
 def kind_of(text: str, file: str) -> str:
@@ -26,7 +26,7 @@ def kind_of(text: str, file: str) -> str:
             document.place(), "", "`kind` is missing", " or ".join(f"add `kind: {k}`" for k in KINDS)
         )
     else:
-        message = f"must be {' or '.join(KINDS)}, not `{shorten(str(kind))}`"
+        message = f"must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, not `{shorten(str(kind))}`"
         hint = suggestion(str(kind).capitalize(), KINDS)
         fault = Fault(document.place(("kind",)), dotted(("kind",)), message, hint)
     raise InvalidFile([fault])

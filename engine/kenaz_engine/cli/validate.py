@@ -18,7 +18,7 @@ from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.session.lifecycles import examine, lifecycle_faults
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.faults import Fault, InvalidFile
-from kenaz_engine.spec.files import read
+from kenaz_engine.spec.files import is_ours, read
 from kenaz_engine.spec.resolve import ResolvedSession
 from kenaz_engine.spec.schema import suggestion
 from kenaz_engine.spec.units import format_duration
@@ -42,7 +42,12 @@ class Report:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Files, and the form of the report."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a session or a lifecycle; `-` is stdin")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="a session, lifecycle or scenario; `-` is stdin"
+    )
+    parser.add_argument(
+        "--ours-only", action="store_true", help="pass over files without `apiVersion: kenaz.dev/...`"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--format", choices=("text", "json"), default="text", help="form of the report")
     form.add_argument(
@@ -52,12 +57,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks every file, also after one that is invalid."""
+    files = [path for path in arguments.files if path == "-" or not arguments.ours_only or is_ours(path)]
     if arguments.format == "json":
-        reports = [examine_file(path) for path in arguments.files]
+        reports = [examine_file(path) for path in files]
         print_json({"ok": all(report.ok for report in reports), "files": [_data(r) for r in reports]})
     else:
         reports = []
-        for path in arguments.files:
+        for path in files:
             reports.append(report := examine_file(path))
             _show(report)
     return SUCCESS if all(report.ok for report in reports) else USAGE
@@ -72,6 +78,11 @@ def examine_file(path: str) -> Report:
         if kind == "Lifecycle":
             lifecycle = load_lifecycle(text, file)
             return Report(file, kind, lifecycle_faults(lifecycle), lifecycle)
+        if kind == "Scenario":
+            from kenaz_engine.replay.scenario import load_scenario
+
+            # Its lifecycle is not analysed: a scenario may well be there to show what is wrong with it.
+            return Report(file, kind, [], load_scenario(text, file).lifecycle)
         return _examine_session(text, file)
     except InvalidFile as invalid:
         return Report(file, kind, invalid.faults)
@@ -131,7 +142,9 @@ def fault_line(fault: Fault, paint: Paint) -> str:
 def _summary(report: Report) -> str:
     lifecycle = report.lifecycle
     assert lifecycle is not None
-    what = "lifecycle" if report.kind == "Lifecycle" else f"session on lifecycle {lifecycle.name}"
+    what = (
+        "lifecycle" if report.kind == "Lifecycle" else f"{report.kind.lower()} on lifecycle {lifecycle.name}"
+    )
     bound = abort_bound(lifecycle, VOCABULARY).seconds
     end = (
         "an abort may never end it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +12,20 @@ from kenaz_engine.spec.yamlfile import MAX_BYTES, decode
 
 STDIN = "<stdin>"
 """What a file read from stdin is called in messages."""
+
+# As text and at the top level, so that it is seen also where the rest of the file cannot be parsed.
+_API_VERSION = re.compile(
+    rb"""^(?:\xef\xbb\xbf)?(?:\{[ \t]*)?["']?apiVersion["']?[ \t]*:[ \t]*["']?kenaz\.dev/""", re.MULTILINE
+)
+
+
+def is_ours(path: str) -> bool:
+    """False for a file at `path` that can be read and does not say `apiVersion: kenaz.dev/...`."""
+    try:
+        with Path(path).open("rb") as file:
+            return _API_VERSION.search(file.read(MAX_BYTES)) is not None
+    except (OSError, ValueError):
+        return True
 
 
 def read(path: str, stdin: BinaryIO | None = None) -> tuple[str, str]:

@@ -15,7 +15,9 @@ Schema = Mapping[str, Any] | bool
 FormatCheck = Callable[[Mapping[str, Any], Any], bool]
 """Whether a value is of the `format` of that schema."""
 
-_ANNOTATIONS = frozenset({"$schema", "$defs", "title", "description", "examples", "default", "then", "else"})
+_ANNOTATIONS = frozenset(
+    {"$schema", "$id", "$defs", "title", "description", "examples", "default", "then", "else"}
+)
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
     "object": (dict,),
