@@ -11,8 +11,9 @@ import pytest
 import trio
 import trio.testing
 
+from kenaz_engine.lifecycle.analysis.bound import SWEEP
 from kenaz_engine.lifecycle.machine import Event
-from kenaz_engine.session.runner import SWEEP, ActivityError, Work
+from kenaz_engine.session.runner import ActivityError, Work
 
 Build = Callable[..., Any]
 Clock = trio.testing.MockClock

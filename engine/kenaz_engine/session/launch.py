@@ -14,6 +14,7 @@ from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.journal.records import FORMAT
 from kenaz_engine.journal.writer import Journal
+from kenaz_engine.lifecycle.analysis.bound import SWEEP
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.recorded import lifecycle_fields
 from kenaz_engine.session.activities import Activities
@@ -31,10 +32,12 @@ from kenaz_engine.session.ledger import AcquireTimeout, Ledger, Made
 from kenaz_engine.session.prepare import Prepared
 from kenaz_engine.session.recorder import Observer, Recorder, RecordLost
 from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
-from kenaz_engine.session.runner import SWEEP, Outcome, Runner
+from kenaz_engine.session.runner import Outcome, Runner
 from kenaz_engine.session.seams import Connect, Show
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.resolve import describe
+
+_ROOM = "see that there is room, and that you may write there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ class Session:
         try:
             recorder = Recorder(journal, self._observers)
             recorder.append("header", _header(self._prepared))
+            if recorder.fault:
+                raise DirectoryError(f"{directory.journal}: {recorder.fault}", _ROOM)
             ledger = Ledger(recorder, BY_INTENT)
             activities = Activities(self._prepared, layout, recorder, self._connect, self._failed, self._show)
             machine = Machine(self._prepared.lifecycle, VOCABULARY)
@@ -150,8 +155,7 @@ async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
 
 def _cannot_begin(what: str, exc: Exception) -> DirectoryError:
     why = exc.strerror if isinstance(exc, OSError) else str(exc)
-    hint = getattr(exc, "hint", "") or "see that there is room, and that you may write there"
-    return DirectoryError(f"{what}: {why or exc}", hint)
+    return DirectoryError(f"{what}: {why or exc}", getattr(exc, "hint", "") or _ROOM)
 
 
 def _header(prepared: Prepared) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import trio
 
+from kenaz_engine.lifecycle.analysis.bound import SWEEP
 from kenaz_engine.lifecycle.machine import (
     Decision,
     Effect,
@@ -37,9 +38,6 @@ from kenaz_engine.lifecycle.recorded import decision_fields, event_fields
 from kenaz_engine.session.inbox import Inbox
 from kenaz_engine.session.ledger import Ledger, Left
 from kenaz_engine.session.recorder import Recorder
-
-SWEEP = 10.0
-"""Seconds that the last look through the ledger may take, after the final state."""
 
 
 class ActivityError(Exception):
