@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,12 @@ PRESS_AGAIN = 2.0
 
 ALARMS = frozenset({"guest.panic", "guest.emergency", "firmware.shell"})
 """Names of console patterns after which a guest cannot go on; see docs/decisions/0009-console-alarms.md."""
+
+CONSOLE_PAUSE = 0.25
+"""Seconds of silence after which a line of the console counts although it has not ended: a prompt."""
+
+ALARM_LENGTH = 200
+"""Characters of a line of the console that a verdict quotes."""
 
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
@@ -171,15 +178,15 @@ class Activities:
                 root.mkdir(mode=0o700)
                 return made_directory(root), None
             image, size = self._image, self._prepared.resolved.machine.disk
-            await create_overlay(root, base=image.root, base_format=image.root_format, size=size)
+            with _naming(root):
+                await create_overlay(root, base=image.root, base_format=image.root_format, size=size)
             return made_file(root), None
 
         async def make_config() -> tuple[Made, None]:
-            if config_format == "directory":
-                write_directory(config, files)
-                return made_directory(config), None
-            write_config_disk(config, files)
-            return made_file(config), None
+            directory = config_format == "directory"
+            with _naming(config):
+                (write_directory if directory else write_config_disk)(config, files)
+            return made_directory(config) if directory else made_file(config), None
 
         kind = "directory" if root_format == "directory" else "file"
         await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
@@ -243,7 +250,7 @@ class Activities:
         """Holds the machine from its start until it is gone, and says so."""
 
         def alarm(name: str, line: str) -> None:
-            data = {"pattern": name, "message": line[:200]}
+            data = {"pattern": name, "message": line[:ALARM_LENGTH]}
             work.put(Event("guest.panic", data, id=ledger_id))
 
         self._console = Console(self._layout.directory / "console.log", self._patterns(), alarm)
@@ -274,9 +281,28 @@ class Activities:
         return [(event, pattern) for event, pattern in patterns if event in ALARMS]
 
     async def _read_console(self, machine: Machine) -> None:
-        assert self._console is not None
-        async for data in machine.console():
-            self._console.feed(data)
+        console = self._console
+        assert console is not None
+        silence = trio.CancelScope()
+
+        async def hear_pauses() -> None:
+            nonlocal silence
+            while True:
+                with silence:
+                    await trio.sleep_forever()
+                console.pause()
+                silence = trio.CancelScope()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hear_pauses)
+            try:
+                async for data in machine.console():
+                    console.feed(data)
+                    waits = CONSOLE_PAUSE if console.unfinished else math.inf
+                    silence.deadline = trio.current_time() + waits
+            finally:
+                console.pause()
+            nursery.cancel_scope.cancel()
 
     async def _end_machine(self) -> None:
         assert self._machine is not None
@@ -323,6 +349,16 @@ def _explained(function: ActivityFunction) -> ActivityFunction:
             raise ActivityError(f"{exc.filename or 'the system'}: {exc.strerror or exc}") from exc
 
     return explained
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk shows in a write, which knows no path."""
+    try:
+        yield
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)
+        raise
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:

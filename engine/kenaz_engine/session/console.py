@@ -17,13 +17,15 @@ LINE_BYTES = 4096
 """A longer line is looked at in pieces of this size."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])|[\x00-\x08\x0b-\x1f\x7f]")
+_UNSEEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Console:
     """Takes the guest's console as it comes. Memory and file are bounded whatever the guest prints.
 
     `patterns` are pairs of a name and a regular expression; `on_match(name, line)` is called for the first
-    line that matches each name.
+    line that matches each name: once the line has ended, for what comes next may belong to it. A prompt
+    such as `grub>` ends no line, so whoever feeds calls `pause` when nothing has come for a while.
     """
 
     def __init__(
@@ -50,6 +52,16 @@ class Console:
         if self._patterns:
             self._watch(data)
 
+    @property
+    def unfinished(self) -> bool:
+        """True while a line has begun that has not been looked at."""
+        return bool(self._line)
+
+    def pause(self) -> None:
+        """Takes what stands in the unfinished line for the whole of it. Idempotent."""
+        rest, self._line = bytes(self._line), bytearray()
+        self._match(rest)
+
     def tail(self, count: int) -> list[str]:
         """The last `count` lines that are not empty, without control characters."""
         lines = [printable(line) for line in bytes(self._tail[-TAIL_BYTES:]).split(b"\n")]
@@ -75,13 +87,17 @@ class Console:
 
     def _watch(self, data: bytes) -> None:
         self._line += data
-        *lines, rest = self._line.split(b"\n")
-        self._line = rest if len(rest) <= LINE_BYTES else rest[-LINE_BYTES:]
-        # A prompt such as `grub>` ends no line, so the unfinished line is looked at too.
-        for raw in (*lines, rest):
-            self._match(printable(bytes(raw[:LINE_BYTES])))
+        *lines, self._line = self._line.split(b"\n")
+        for raw in lines:
+            self._match(bytes(raw))
+        if len(self._line) > LINE_BYTES:
+            self.pause()
 
-    def _match(self, line: str) -> None:
+    def _match(self, raw: bytes) -> None:
+        for start in range(0, len(raw), LINE_BYTES):
+            self._match_piece(printable(raw[start : start + LINE_BYTES]))
+
+    def _match_piece(self, line: str) -> None:
         for name, pattern in list(self._patterns):
             if pattern.search(line):
                 self._patterns = [p for p in self._patterns if p[0] != name]
@@ -90,4 +106,5 @@ class Console:
 
 def printable(line: bytes) -> str:
     """A line of the console as text that is safe to show on a terminal."""
-    return _ANSI.sub("", line.decode("utf-8", "replace")).strip()
+    text = _ANSI.sub("", line.decode("utf-8", "replace")).expandtabs().strip()
+    return text if text.isprintable() else "".join(c if c.isprintable() else _UNSEEN for c in text)
