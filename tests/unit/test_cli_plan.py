@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import pytest
 
 from kenaz_drivers.contract import Capabilities, LaunchPlan, LaunchRequest, Reason
-from kenaz_engine.cli import plan
 from kenaz_engine.cli.main import main
 from kenaz_engine.images.errors import ImageError, ImageMissing
+from kenaz_engine.session import prepare
 
 Capture = pytest.CaptureFixture[str]
 
@@ -64,7 +64,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KENAZ_SECRET", "canary")
     monkeypatch.setattr("kenaz_engine.session.prepare.driver_names", lambda: ("fake",))
     monkeypatch.setattr("kenaz_engine.session.prepare.load", lambda name: FakeDriver())
-    monkeypatch.setattr(plan, "find_image", lambda *_: FakeImage())
+    monkeypatch.setattr(prepare, "find_image", lambda *_: FakeImage())
     (tmp_path / "hello.yaml").write_text(SPEC)
     return tmp_path
 
@@ -165,7 +165,7 @@ def test_a_missing_image_is_shown_and_fails(
     def missing(*_: Any) -> None:
         raise ImageMissing("it is not on this machine", hint)
 
-    monkeypatch.setattr(plan, "find_image", missing)
+    monkeypatch.setattr(prepare, "find_image", missing)
     assert main(ARGV) == 3
     out = capsys.readouterr().out
     assert f"demo is missing: it is not on this machine{words}\n" in out
@@ -180,7 +180,7 @@ def test_a_damaged_image_is_shown_too(capsys: Capture, monkeypatch: pytest.Monke
     def damaged(*_: Any) -> None:
         raise ImageError("kernel has 0 bytes")
 
-    monkeypatch.setattr(plan, "find_image", damaged)
+    monkeypatch.setattr(prepare, "find_image", damaged)
     assert main(ARGV) == 3
     assert "demo is missing: kernel has 0 bytes" in capsys.readouterr().out
 

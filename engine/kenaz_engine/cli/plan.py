@@ -16,13 +16,11 @@ import trio
 from kenaz_drivers.contract import Capabilities, LaunchPlan
 from kenaz_engine.cli.failures import ENVIRONMENT, SUCCESS
 from kenaz_engine.cli.output import Paint, plain, print_json, table
-from kenaz_engine.images.catalog import Image, ImageError, default_cache, find_image
 from kenaz_engine.lifecycle.analysis import abort_bound
 from kenaz_engine.lifecycle.model import Lifecycle
-from kenaz_engine.session.directory import socket_directory, state_home
-from kenaz_engine.session.guest import Layout, launch_request
+from kenaz_engine.session.guest import Layout
 from kenaz_engine.session.lifecycles import find_lifecycle
-from kenaz_engine.session.prepare import Prepared, prepare
+from kenaz_engine.session.prepare import Prepared, layout_of, plan_launch, survey
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.files import read
 from kenaz_engine.spec.resolve import ResolvedSession, describe, load_session
@@ -41,14 +39,11 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is shown. `image` is None where the driver boots none, or where it is `missing`; there
-    is no `launch` without an image that is needed."""
+    """Everything that is shown. There is no `launch` without an image that is needed."""
 
     prepared: Prepared
     layout: Layout
     deadlines: tuple[Deadline, ...]
-    image: Image | None
-    missing: ImageError | None
     launch: LaunchPlan | None
 
 
@@ -68,32 +63,22 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = load_session(
         text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
     )
-    plan = make_plan(trio.run(prepare, resolved))
+    plan = make_plan(trio.run(survey, resolved))
     if arguments.json:
         print_json(plan_data(plan))
     else:
         sys.stdout.writelines(f"{line}\n" for line in _lines(plan, Paint(sys.stdout)))
-    return ENVIRONMENT if plan.missing else SUCCESS
+    return ENVIRONMENT if plan.prepared.missing else SUCCESS
 
 
 def make_plan(prepared: Prepared) -> Plan:
     """What follows from a prepared session. Raises DirectoryError and DriverError."""
-    resolved = prepared.resolved
-    directory = state_home() / "sessions" / resolved.id
-    layout = Layout(directory, socket_directory(directory))
-    image, missing = None, None
-    if prepared.capabilities.boots_image:
-        try:
-            image = find_image(resolved.image, prepared.arch, default_cache())
-        except ImageError as error:
-            missing = error
+    layout = layout_of(prepared)
     return Plan(
         prepared=prepared,
         layout=layout,
-        deadlines=tuple(deadlines(find_lifecycle(resolved), prepared)),
-        image=image,
-        missing=missing,
-        launch=None if missing else prepared.driver.plan(launch_request(prepared, layout, image)),
+        deadlines=tuple(deadlines(find_lifecycle(prepared.resolved), prepared)),
+        launch=None if prepared.missing else plan_launch(prepared, layout),
     )
 
 
@@ -222,14 +207,13 @@ def _origin_of(resolved: ResolvedSession, path: str) -> str:
 
 
 def _image(plan: Plan) -> str:
-    reference = plan.prepared.resolved.image
-    if plan.missing:
-        return f"{reference} is missing: {plan.missing}" + (
-            f" ({plan.missing.hint})" if plan.missing.hint else ""
-        )
-    if plan.image is None:
-        return f"none: the driver {plan.prepared.driver.name} boots no image"
-    return f"{plan.image.name}:{plan.image.tag} {plan.image.digest}"
+    prepared = plan.prepared
+    if prepared.missing:
+        hint = f" ({prepared.missing.hint})" if prepared.missing.hint else ""
+        return f"{prepared.resolved.image} is missing: {prepared.missing}{hint}"
+    if prepared.image is None:
+        return f"none: the driver {prepared.driver.name} boots no image"
+    return f"{prepared.image.name}:{prepared.image.tag} {prepared.image.digest}"
 
 
 def _bound_words(lifecycle: Lifecycle) -> str:
@@ -299,12 +283,9 @@ def reasons_data(capabilities: Capabilities) -> list[dict[str, Any]]:
 
 
 def _image_data(plan: Plan) -> dict[str, Any] | None:
-    if plan.missing:
-        return {
-            "name": plan.prepared.resolved.image,
-            "missing": str(plan.missing),
-            "hint": plan.missing.hint or None,
-        }
-    if plan.image is None:
+    image, missing = plan.prepared.image, plan.prepared.missing
+    if missing:
+        return {"name": plan.prepared.resolved.image, "missing": str(missing), "hint": missing.hint or None}
+    if image is None:
         return None
-    return {"name": plan.image.name, "tag": plan.image.tag, "digest": plan.image.digest}
+    return {"name": image.name, "tag": image.tag, "digest": image.digest}

@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
-from kenaz_engine.session.prepare import Prepared
+
+if TYPE_CHECKING:
+    from kenaz_engine.session.prepare import Prepared
 
 ENVIRONMENT_FILE = "kenaz.env"
 """The file on the config disk; systemd's EnvironmentFile syntax."""

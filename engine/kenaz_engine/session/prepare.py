@@ -8,10 +8,15 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from kenaz_drivers.contract import Capabilities, Driver, DriverError
+from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
 from kenaz_drivers.registry import choose, driver_names, load
+from kenaz_engine.images.catalog import default_cache, find_image
+from kenaz_engine.images.errors import ImageError
+from kenaz_engine.images.manifest import Image
 from kenaz_engine.lifecycle.deadlines import with_deadlines
 from kenaz_engine.lifecycle.model import Lifecycle
+from kenaz_engine.session.directory import DirectoryError, socket_directory, state_home
+from kenaz_engine.session.guest import Layout, launch_request
 from kenaz_engine.session.lifecycles import check_lifecycle
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.faults import InvalidFile
@@ -37,6 +42,7 @@ class Prepared:
 
     `lifecycle` is the one that will be run, with the deadlines that it has here; `considered` are the drivers
     that were looked at, in order; `transport_reason` says why it is that transport; `notes` are for the user.
+    `image` is None where the driver boots none, or where it is `missing`, of which only `survey` tells.
     """
 
     resolved: ResolvedSession
@@ -48,6 +54,8 @@ class Prepared:
     transport: str
     transport_reason: str
     notes: tuple[str, ...]
+    image: Image | None
+    missing: ImageError | None
 
 
 def native_arch() -> str:
@@ -57,12 +65,38 @@ def native_arch() -> str:
 
 
 async def prepare(resolved: ResolvedSession) -> Prepared:
-    """Looks at the lifecycle, the drivers and this host. Raises InvalidFile and CannotRun."""
+    """Looks at the lifecycle, the drivers and this host. What it returns can be run here, as far as can be
+    known before anything is made. Raises InvalidFile and CannotRun."""
+    prepared = await survey(resolved)
+    if prepared.missing is not None:
+        raise CannotRun(str(prepared.missing), prepared.missing.hint)
+    try:
+        plan_launch(prepared, layout_of(prepared))
+    except (DirectoryError, DriverError) as exc:
+        raise CannotRun(str(exc), exc.hint) from exc
+    return prepared
+
+
+def layout_of(prepared: Prepared) -> Layout:
+    """Where the things of the session will be. Raises DirectoryError."""
+    directory = state_home() / "sessions" / prepared.resolved.id
+    return Layout(directory, socket_directory(directory))
+
+
+def plan_launch(prepared: Prepared, layout: Layout) -> LaunchPlan:
+    """What the driver would do, with the image at hand. Raises DriverError for what it cannot do."""
+    return prepared.driver.plan(launch_request(prepared, layout, prepared.image))
+
+
+async def survey(resolved: ResolvedSession) -> Prepared:
+    """As `prepare`, also where the image is missing, or the driver cannot do what is asked of it: for those
+    who show what there is. Raises InvalidFile and CannotRun."""
     lifecycle = check_lifecycle(resolved)
     arch = native_arch() if resolved.machine.arch == "native" else resolved.machine.arch
     driver, capabilities, considered = await _driver(resolved, arch)
     transport, reason = _transport(resolved, driver, capabilities)
     scale = capabilities.deadline_scale
+    image, missing = _image(resolved, arch) if capabilities.boots_image else (None, None)
     return Prepared(
         resolved=resolved,
         arch=arch,
@@ -73,7 +107,16 @@ async def prepare(resolved: ResolvedSession) -> Prepared:
         transport=transport,
         transport_reason=reason,
         notes=tuple(_notes(driver, capabilities, considered)),
+        image=image,
+        missing=missing,
     )
+
+
+def _image(resolved: ResolvedSession, arch: str) -> tuple[Image | None, ImageError | None]:
+    try:
+        return find_image(resolved.image, arch, default_cache()), None
+    except ImageError as error:
+        return None, error
 
 
 async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabilities, _Considered]:
