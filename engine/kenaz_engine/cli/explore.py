@@ -15,6 +15,7 @@ from kenaz_engine.cli.lifecycles import open_lifecycle
 from kenaz_engine.cli.output import Paint, plain, print_json
 from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.replay.explore import ORDERS, Found, Report, explore, nominal_worlds
+from kenaz_engine.replay.script import EVERY
 from kenaz_engine.replay.shrink import scenario_of, shrink
 from kenaz_engine.session.lifecycles import shipped_lifecycles
 from kenaz_engine.spec.schema import suggestion
@@ -115,7 +116,7 @@ def _how(found: Found) -> str:
     """The script in a line."""
     cues = [
         f"{cue.what} at {cue.at}"
-        + (f" (time {cue.nth})" if cue.nth > 1 else "")
+        + (" each time" if cue.nth == EVERY else f" (time {cue.nth})" if cue.nth > 1 else "")
         + (f" after {cue.after:g} s" if cue.after else "")
         for cue in found.script.cues
     ]

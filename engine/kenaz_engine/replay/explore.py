@@ -24,7 +24,7 @@ from kenaz_engine.lifecycle.machine import Table
 from kenaz_engine.lifecycle.model import Arm, Lifecycle, State
 from kenaz_engine.lifecycle.vocabulary import Vocabulary
 from kenaz_engine.replay.laws import Breach
-from kenaz_engine.replay.script import WORK, Cue, Script, point
+from kenaz_engine.replay.script import EVERY, WORK, Cue, Script, point
 from kenaz_engine.replay.stage import Stage
 from kenaz_engine.replay.world import Reached
 from kenaz_engine.session.vocabulary import VOCABULARY
@@ -178,6 +178,26 @@ def _numbered(lifecycle: Lifecycle) -> tuple[Lifecycle, dict[int, Transition]]:
 # --- what to play -------------------------------------------------------------------------------------------
 
 
+def _cyclic(lifecycle: Lifecycle) -> frozenset[str]:
+    """The states that some transitions lead back to, or that try more than once."""
+    states = lifecycle.states
+    onward = {
+        name: {arm.target for event in {*state.on, *lifecycle.any} for arm in lifecycle.arms(state, event)}
+        for name, state in states.items()
+    }
+    cyclic = {name for name, state in states.items() if state.retry is not None}
+    for name in states:
+        reached, ahead = set[str](), list(onward[name])
+        while ahead:
+            state = ahead.pop()
+            if state not in reached:
+                reached.add(state)
+                ahead += onward[state]
+        if name in reached:
+            cyclic.add(name)
+    return frozenset(cyclic)
+
+
 _Data = tuple[tuple[str, object], ...]
 
 
@@ -187,6 +207,7 @@ class Faults:
     def __init__(self, lifecycle: Lifecycle, vocabulary: Vocabulary) -> None:
         self._lifecycle = lifecycle
         self._resources = vocabulary.resources
+        self._cyclic = _cyclic(lifecycle)
         self._data: dict[str, list[_Data]] = {}
         for _, event, _, arm in _all_arms(lifecycle):
             if arm.when is not None and arm.when.kind == "data":
@@ -194,8 +215,8 @@ class Faults:
                 if variant not in self._data.setdefault(event, []):
                     self._data[event].append(variant)
 
-    def at(self, reached: Reached) -> Iterator[Cue]:
-        """Every fault that makes a difference there."""
+    def at(self, reached: Reached, *, lasting: bool) -> Iterator[Cue]:
+        """Every fault that makes a difference there; with `lasting` also those that come each time."""
         state, _, boundary = reached.point.partition("/")
 
         def cue(what: str, after: float = 0.0, data: _Data = ()) -> Cue:
@@ -203,6 +224,11 @@ class Faults:
 
         declared = self._lifecycle.states[state]
         yield from (cue(what) for what in self._of_the_work(declared, boundary))
+        if lasting and reached.nth == 1:
+            if boundary.startswith("release"):
+                yield Cue("error", reached.point, EVERY)
+            elif state in self._cyclic:
+                yield from (Cue(what, reached.point, EVERY) for what in ("error", "hang", "end", "abort"))
         if declared.final:
             yield cue("cancel")
             return
@@ -277,7 +303,12 @@ class _Explorer:
         before = self._play(world, [_Job(script, None, faults > 0)])
         for depth in range(1, faults + 1):
             jobs = [
-                _Job(replace(ran.job.script, cues=(*ran.job.script.cues, fault)), fault, depth < faults)
+                _Job(
+                    replace(ran.job.script, cues=(*ran.job.script.cues, fault)),
+                    fault,
+                    # What comes each time has a second time of its own.
+                    depth < faults and fault.nth != EVERY,
+                )
                 for ran in before
                 for fault in self._next(ran)
                 if depth > 1 or fault not in self._settled
@@ -308,7 +339,7 @@ class _Explorer:
     def _next(self, ran: _Ran) -> Iterator[Cue]:
         for reached, key in ran.reached:
             if self._unseen([key]):
-                yield from self._faults.at(reached)
+                yield from self._faults.at(reached, lasting=ran.job.fault is None)
 
     def _note(self, world: str, ran: _Ran) -> None:
         self.runs[world] += 1

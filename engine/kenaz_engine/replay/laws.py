@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kenaz_engine.lifecycle.analysis import abort_bound
+from kenaz_engine.lifecycle.analysis.bound import SWEEP
 from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.lifecycle.vocabulary import Vocabulary
 from kenaz_engine.replay.script import activity_of
-from kenaz_engine.session.runner import SWEEP
 
 LAWS: Final[Mapping[str, str]] = {
     "final": "a session comes to a final state",
@@ -63,7 +63,11 @@ class Facts:
 
 
 class Laws:
-    """The laws for sessions on one lifecycle."""
+    """The laws for sessions on one lifecycle.
+
+    `bound` is that of an abort (seconds), `hopeful` are the states from which a goal can still be reached,
+    and a session with more than `most_events` goes round for ever.
+    """
 
     def __init__(self, lifecycle: Lifecycle, vocabulary: Vocabulary) -> None:
         self.lifecycle = lifecycle
@@ -78,10 +82,13 @@ class Laws:
             if not state.final
         }
         self.hopeful = _hopeful(lifecycle)
+        self.most_events = 500 + 20 * _rounds(lifecycle)
 
     def check(self, records: list[dict[str, Any]], facts: Facts) -> list[Breach]:
         """Every breach, in order of time. The last record is the session's `end`."""
-        return [*_Reading(self, facts).read(records)]
+        breaches = [*_Reading(self, facts).read(records)]
+        # Whoever breaks off a session that does not end breaks other laws thereby.
+        return [breach for breach in breaches if breach.law == "final"] or breaches
 
 
 def _hopeful(lifecycle: Lifecycle) -> frozenset[str]:
@@ -97,6 +104,14 @@ def _hopeful(lifecycle: Lifecycle) -> frozenset[str]:
     }:
         leading |= more
     return frozenset(leading)
+
+
+def _rounds(lifecycle: Lifecycle) -> int:
+    """How often a session may go round, at most: attempts, and what counters bound."""
+    tables = [lifecycle.any, *(state.on for state in lifecycle.states.values())]
+    guards = [arm.when for table in tables for arms in table.values() for arm in arms]
+    counted = sum(int(guard.value) for guard in guards if guard and guard.kind == "below")
+    return counted + sum(state.retry.attempts for state in lifecycle.states.values() if state.retry)
 
 
 @dataclass(slots=True)

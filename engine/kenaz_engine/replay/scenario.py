@@ -10,7 +10,7 @@ from typing import Any
 from kenaz_engine.lifecycle.loader import load_lifecycle
 from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.lifecycle.vocabulary import Vocabulary
-from kenaz_engine.replay.script import FAULTS, REQUESTS, WORK, Cue, Script, point, points_of
+from kenaz_engine.replay.script import EVERY, FAULTS, REQUESTS, WORK, Cue, Script, point, points_of
 from kenaz_engine.session.lifecycles import is_path, shipped_lifecycle, shipped_lifecycles
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec import schema, yamlfile
@@ -150,6 +150,9 @@ def _when_faults(
             state = at.partition("/")[0]
             known = [name for name in points if name.startswith(f"{state}/")] or points
             yield fault(f"there is no point `{shorten(at)}`", schema.suggestion(at, known))
+        if cue.get("always") is True and "nth" in cue:
+            place = document.key_place((*path, "nth"))
+            yield Fault(place, dotted((*path, "nth")), "does not go with `always`", "remove one of the two")
         return
     if path[0] == "faults":
         yield fault("must be a point: a fault happens to the work that comes there", "write STATE/BOUNDARY")
@@ -159,7 +162,7 @@ def _when_faults(
     except ValueError:
         yield fault(f"`{shorten(at)}` is neither a time nor a point", "write 30s, or STATE/BOUNDARY")
         return
-    for key in ("after", "nth"):
+    for key in ("after", "nth", "always"):
         if key in cue:
             place = document.key_place((*path, key))
             yield Fault(place, dotted((*path, key)), "goes with a point, not with a time", "remove it")
@@ -183,7 +186,8 @@ def _cues(data: Mapping[str, Any]) -> Iterator[Cue]:
             at, after = "", parse_duration(at)
         said = {"message": cue["message"]} if "message" in cue else {}
         what = cue["event"] if "event" in cue else cue["fault"]
-        yield Cue(what, at, int(cue.get("nth", 1)), after, tuple({**said, **cue.get("data", {})}.items()))
+        nth = EVERY if cue.get("always") else int(cue.get("nth", 1))
+        yield Cue(what, at, nth, after, tuple({**said, **cue.get("data", {})}.items()))
 
 
 def _expectation(data: Mapping[str, Any]) -> Expectation:
@@ -234,7 +238,7 @@ def to_yaml(
 def _cue_data(cue: Cue) -> dict[str, Any]:
     data: dict[str, Any] = {"at": cue.at or format_duration(cue.after)}
     if cue.nth != 1:
-        data["nth"] = cue.nth
+        data |= {"always": True} if cue.nth == EVERY else {"nth": cue.nth}
     if cue.at and cue.after:
         data["after"] = format_duration(cue.after)
     data["fault" if cue.what in FAULTS else "event"] = cue.what

@@ -18,6 +18,9 @@ REQUESTS: Final = ("end", "abort", "abort-twice", "cancel", "defect", "done", "m
 the first is carried out, the launcher cancelled, one of its tasks failing, the work of the state being
 finished, something coming through the channel."""
 
+EVERY: Final = 0
+"""The `nth` of what happens each time."""
+
 AGAIN: Final = 0.03
 """Seconds between the two of `abort-twice`: within the clean-up that the first one causes."""
 
@@ -27,9 +30,10 @@ WORK: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """`what` happens `after` seconds from the `nth` time that the session comes to the point `at`; with an
-    empty `at`, from the session's beginning. `what` is one of FAULTS (which need a point), one of REQUESTS,
-    or an event that a resource raises; it comes to nothing where that resource is not held."""
+    """`what` happens `after` seconds from the `nth` time that the session comes to the point `at` (EVERY:
+    each time); with an empty `at`, from the session's beginning. `what` is one of FAULTS (which need a
+    point), one of REQUESTS, or an event that a resource raises; it comes to nothing where that resource is
+    not held."""
 
     what: str
     at: str = ""

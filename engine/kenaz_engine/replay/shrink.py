@@ -10,7 +10,7 @@ from kenaz_engine.lifecycle.vocabulary import Vocabulary
 from kenaz_engine.replay.explore import Found
 from kenaz_engine.replay.laws import Breach
 from kenaz_engine.replay.scenario import to_yaml
-from kenaz_engine.replay.script import WORK, Cue, Script
+from kenaz_engine.replay.script import EVERY, WORK, Cue, Script
 from kenaz_engine.replay.stage import Stage
 from kenaz_engine.session.vocabulary import VOCABULARY
 
@@ -49,6 +49,8 @@ def _simpler(script: Script) -> Iterator[Script]:
 
 
 def _less(cue: Cue) -> Iterator[Cue]:
+    if cue.nth == EVERY:
+        yield replace(cue, nth=1)
     if cue.what == "abort-twice":
         yield replace(cue, what="abort")
     if cue.after and cue.at:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kenaz_engine import __version__
 from kenaz_engine.journal.records import FORMAT, GENESIS, encode
-from kenaz_engine.lifecycle.loader import to_data
+from kenaz_engine.lifecycle.recorded import lifecycle_fields
 from kenaz_engine.replay.laws import LAWS, Breach
 from kenaz_engine.replay.scenario import Scenario
 from kenaz_engine.replay.stage import Played, Stage
@@ -58,7 +58,7 @@ class ScenarioResult:
             "session": self.scenario.name,
             "launcher": __version__,
             "spec": {"metadata": {"name": self.scenario.name}},
-            "lifecycle": to_data(self.scenario.lifecycle),
+            **lifecycle_fields(self.scenario.lifecycle),
             "driver": "simulated",
         }
         lines, prev = [], GENESIS

@@ -26,7 +26,7 @@ import trio.testing
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.vocabulary import Activity
 from kenaz_engine.replay.laws import Laws
-from kenaz_engine.replay.script import AGAIN, FAULTS, Cue, Script, made_by, point
+from kenaz_engine.replay.script import AGAIN, EVERY, FAULTS, Cue, Script, made_by, point
 from kenaz_engine.session.ledger import AcquireTimeout, Ledger, Made, ReleaseError
 from kenaz_engine.session.recorder import Recorder
 from kenaz_engine.session.runner import ActivityError, ActivityFunction, Outcome, Runner, Work
@@ -44,9 +44,6 @@ together."""
 
 HORIZON: Final = 1e10
 """Seconds after which a session is taken to wait for ever: three hundred years."""
-
-EVENTS: Final = 5000
-"""Events after which a session is taken to go round for ever."""
 
 BESIDE: Final = 1e-9
 """Seconds by which a timed cue that looks at the world comes after its moment: what else happens then has
@@ -174,7 +171,7 @@ class World:
                 self._events += 1
                 if self.runner.inbox.ties > len(self.ties):
                     self.ties.append(self._key(fields["type"]))
-                if self._events == EVENTS:
+                if self._events > self._laws.most_events:
                     self.endless = "goes round for ever"
                 if self.endless:
                     raise Endless(self.endless)
@@ -216,6 +213,7 @@ class World:
                 await self.ledger.release(name)
             await self._acquire(state, activity, name)
         if not activity.releases_all:
+            self._done, self._done_data = trio.Event(), {}
             await self._at(state, "serve")
             return await self._serve(activity)
         timeout = math.inf if work.timeout is None else work.timeout
@@ -258,13 +256,12 @@ class World:
         ends = ENDINGS.get(activity.name)
         if ends is not None and MACHINE not in self._alive:
             return {}
-        self._done, self._done_data = trio.Event(), {}
         usual: float | None = 0.0 if activity.acquires or activity.replaces else TAKES
         if activity.name in self._goals:
             usual, self.served = self._script.work, True
         seconds = self._takes.get(activity.name, usual)
         if seconds == 0:
-            return {}
+            return self._done_data
         with trio.move_on_after(math.inf if seconds is None else seconds):
             await self._done.wait()
         if ends is not None:
@@ -285,7 +282,7 @@ class World:
         nth = self._counts[here] = self._counts.get(here, 0) + 1
         if self._watched and self._after is None:
             self.reached.append(Reached(here, nth, frozenset(self._alive), self._key(here)))
-        for cue in self._cues.pop((here, nth), ()):
+        for cue in (*self._cues.pop((here, nth), ()), *self._cues.get((here, EVERY), ())):
             if cue.what not in FAULTS:
                 self._schedule(cue)
                 continue
@@ -375,7 +372,7 @@ class World:
         at = self.runner.snapshot
         alive = self._alive
         # What the world's script has in store is only played where work is still to come.
-        to_come: object = ()
+        to_come: object = tuple((at, *map(_what, c)) for (at, nth), c in self._cues.items() if nth == EVERY)
         if at.state in self._laws.hopeful:
             counts = self._counts
             cues = tuple((at, nth - counts.get(at, 0), *map(_what, c)) for (at, nth), c in self._cues.items())
