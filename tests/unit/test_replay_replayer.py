@@ -17,7 +17,7 @@ import trio.testing
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.journal.records import GENESIS, Damaged, decode_all, encode
 from kenaz_engine.lifecycle.loader import load_lifecycle
-from kenaz_engine.lifecycle.machine import Event, Machine
+from kenaz_engine.lifecycle.machine import Decision, Event, Machine, Snapshot, Table
 from kenaz_engine.lifecycle.model import Arm, Lifecycle
 from kenaz_engine.lifecycle.recorded import decision_fields, event_fields, lifecycle_fields
 from kenaz_engine.lifecycle.vocabulary import Vocabulary
@@ -454,6 +454,14 @@ class TestDamage:
         recording.records[0].update(header)
         with pytest.raises(Damaged, match="line 1: the deadlines in the header cannot be read"):
             replay(recording, standard)
+
+    def test_a_defect_of_ours_is_not_blamed_on_the_journal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(self: Table, snapshot: Snapshot, event: Event) -> Decision:
+            raise TypeError("a defect")
+
+        monkeypatch.setattr(Table, "decide", broken)
+        with pytest.raises(TypeError, match="a defect"):
+            replay(golden())
 
     def test_lines_that_are_none_are_left_out(self) -> None:
         assert not replay(changed(lambda records: records[0].update(lines=7))).ok
