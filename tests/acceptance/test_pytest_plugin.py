@@ -96,7 +96,6 @@ def test_failures_are_told_without_a_traceback(run: Run, theirs: Path) -> None:
     (tests / "wrong.scenario.yaml").write_text(SCENARIO.replace("expect", "expects"))
     (tests / "empty.journal.jsonl").write_text("")
     (tests / "flipped.journal.jsonl").write_text(good.replace('"preparing"', '"preparinG"', 1))
-    (tests / "folder.journal.jsonl").symlink_to("nowhere")
     done = run("--deselect", "tests/test_lifecycle.py")
     assert outcomes(done) == {"failed": 4, "passed": 2, "deselected": 4}
     assert "Traceback" not in done.stdout
@@ -164,10 +163,36 @@ def test_the_fixture_works_in_async_tests_too(run: Run, theirs: Path) -> None:
             async def test_faults_come_through(kenaz_simulate):
                 with pytest.raises(Exception, match="kenaz_simulate:.*no lifecycle `standrad`"):
                     kenaz_simulate({"lifecycle": "standrad"})
+
+            def test_text(kenaz_simulate):
+                text = "{apiVersion: kenaz.dev/v1, kind: Scenario, metadata: {name: a}, lifecycle: standard}"
+                assert kenaz_simulate(text).scenario.name == "a"
             """
         )
     )
-    assert outcomes(run("-o", "trio_mode=true", "tests/test_async.py")) == {"passed": 2}
+    assert outcomes(run("-o", "trio_mode=true", "tests/test_async.py")) == {"passed": 3}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            "PermissionError(13, 'Permission denied')",
+            "guest.journal.jsonl: cannot be read: Permission denied\n",
+        ),
+        ("KeyError('a defect')", "KeyError: 'a defect'\n"),
+    ],
+    ids=["of the file", "of ours"],
+)
+def test_only_a_defect_has_a_traceback(run: Run, theirs: Path, error: str, told: str) -> None:
+    (theirs / "conftest.py").write_text(
+        "from kenaz_engine.journal import reader\n\n"
+        f"def broken(path):\n    raise {error}\n\nreader.read_journal = broken\n"
+    )
+    done = run("tests/unknown-guest.journal.jsonl")
+    assert outcomes(done) == {"failed": 1}
+    assert told in done.stdout
+    assert (".py:" in done.stdout) == ("defect" in error)
 
 
 def test_whoever_has_no_such_files_imports_nothing_of_ours(theirs: Path, run: Run) -> None:
