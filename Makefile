@@ -40,13 +40,13 @@ run-vm-aarch64: ## not yet: see what it says
 
 test: host-test lint image ## check and test everything but what is long; branch coverage must reach 90 %
 	@rm -f .coverage .coverage.*
-	$(PYTEST) tests/unit tests/property
+	$(PYTEST) tests/unit tests/property tests/journals specs/scenarios
 	$(PYTEST) tests/integration tests/acceptance
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90
 
 test-quick: lint ## check, and run the unit and property tests: no machine, no image, under a minute
-	$(BIN)/pytest tests/unit tests/property
+	$(BIN)/pytest tests/unit tests/property tests/journals specs/scenarios
 
 test-all: host-test .venv/ready-to-test ## only what `test` leaves out because it is long
 	$(BIN)/pytest --long

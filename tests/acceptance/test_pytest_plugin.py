@@ -214,14 +214,13 @@ def test_whoever_has_no_such_files_imports_nothing_of_ours(theirs: Path, run: Ru
 
 
 def test_our_own_suite_collects_what_is_its_own() -> None:
-    """The journals, and nothing of the example repository."""
+    """The journals and the shipped scenarios, and nothing of the example repository."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/journals", "tests/acceptance", "--deselect", "tests/acceptance/test_pytest_plugin.py"]
+    command += ["tests/journals", "tests/acceptance", "specs/scenarios"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), check=False, capture_output=True, text=True)
-    collected = set(re.findall(r"^(\S+)::(?:simulate|replay)$", done.stdout, re.MULTILINE))
-    journals = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/journals").glob("*.jsonl")}
-    assert journals
-    assert {name for name in collected if name.endswith(".jsonl")} == journals
+    collected = re.findall(r"^(\S+)::(?:simulate|replay)$", done.stdout, re.MULTILINE)
+    kept = [*(ROOT / "tests/journals").glob("*.jsonl"), *(ROOT / "specs/scenarios").glob("*.yaml")]
+    assert sorted(collected) == sorted(path.relative_to(ROOT).as_posix() for path in kept)
     assert "example_repo" not in done.stdout
 
 
