@@ -221,7 +221,7 @@ def test_our_own_suite_collects_what_is_its_own() -> None:
     collected = re.findall(r"^(\S+)::(?:simulate|replay)$", done.stdout, re.MULTILINE)
     kept = [*(ROOT / "tests/journals").glob("*.jsonl"), *(ROOT / "specs/scenarios").glob("*.yaml")]
     assert sorted(collected) == sorted(path.relative_to(ROOT).as_posix() for path in kept)
-    assert "example_repo" not in done.stdout
+    assert "example_repo/" not in done.stdout
 
 
 @pytest.fixture
