@@ -53,6 +53,7 @@ def execute(tmp_path: Path) -> Execute:
             capture_output=True,
             text=True,
             timeout=SECONDS,
+            check=False,
         )
         assert ran.stdout, ran.stderr
         result = json.loads(ran.stdout.splitlines()[-1])
@@ -146,7 +147,9 @@ def test_nothing_outlives_a_kill(tmp_path: Path, killed: str) -> None:
 
 
 def test_without_a_command_nothing_is_begun(tmp_path: Path) -> None:
-    ran = subprocess.run(command("process"), env=environment(tmp_path), capture_output=True, text=True)
+    ran = subprocess.run(
+        command("process"), env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 2
     assert "the lifecycle `ephemeral-exec` runs a command, and there is none" in ran.stderr
     assert not (tmp_path / "kenaz").exists()

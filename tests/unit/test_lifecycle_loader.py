@@ -109,6 +109,12 @@ def test_damaged_data_are_refused() -> None:
         from_data(None)
 
 
+@pytest.mark.parametrize("event", ["done", "error", "timeout", "idle", "retry.due"])
+def test_neither_outcomes_nor_timers_are_ignored(event: str) -> None:
+    with pytest.raises(InvalidFile, match=f"`{event}` cannot be ignored.*KL009"):
+        load_lifecycle(TEXT.replace("[guest.bye]", f"[guest.bye, {event}]"), "f")
+
+
 def test_faults_of_the_yaml_come_with_those_of_the_lifecycle() -> None:
     with pytest.raises(InvalidFile) as caught:
         load_lifecycle(TEXT.replace("done: ended", "done: endd\n      done: ended"), "f")

@@ -10,7 +10,8 @@ KL005  a state neither invokes an activity nor is final
 KL006  a transition both fails and warns
 KL007  the bound of a counter is not between 1 and 100
 KL008  a state has no timeout, or `timeout: none` without `idle`
-KL009  an event stands where it cannot: an outcome ignored or under `any`, an event both handled and ignored
+KL009  an event stands where it cannot: an outcome or a timer ignored or under `any`, an event both handled
+       and ignored
 """
 
 from __future__ import annotations
@@ -227,6 +228,8 @@ def _state_faults(document: Document, path: Path, state: Mapping[str, Any]) -> I
         here = (*path, "ignore", index)
         if event in OUTCOMES:
             message = f"the outcome `{event}` cannot be ignored"
+        elif event in TIMERS:
+            message = f"the timer `{event}` cannot be ignored"
         elif isinstance(event, str) and event in handled:
             message = f"`{event}` is ignored, yet has a transition"
         elif event in ignored[:index]:
