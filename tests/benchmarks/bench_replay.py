@@ -25,7 +25,7 @@ from kenaz_engine.lifecycle.recorded import decision_fields, event_fields, lifec
 from kenaz_engine.replay.replayer import replay
 from kenaz_engine.session.vocabulary import VOCABULARY
 
-ROUNDS = 5
+ROUNDS = 10
 TIMES = 300
 STEPS = 33_333
 

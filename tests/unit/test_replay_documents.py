@@ -31,7 +31,8 @@ def settle(path: Path, expected: str) -> None:
     """Writes what is asked for, or asserts that it is there."""
     if os.environ.get("KENAZ_GOLDEN") == "write":
         path.write_text(expected, encoding="utf-8", newline="\n")
-    assert path.read_text("utf-8") == expected
+    current = path.read_text("utf-8") == expected
+    assert current, f"{path.name} is stale: KENAZ_GOLDEN=write pytest tests/unit/{Path(__file__).name}"
 
 
 def test_the_picture_in_the_readme_is_current(standard: Lifecycle) -> None:

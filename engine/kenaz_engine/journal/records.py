@@ -79,9 +79,10 @@ class Decoder:
             raise Damaged(number, "is not JSON")
         if not isinstance(record, dict):
             raise Damaged(number, "is not a record")
-        if self._seq == 0 and record.get("kind") != "header":
-            raise Damaged(number, f"is no header: its kind is {record.get('kind')!r}")
-        if self._seq == 0 and record.get("format") != FORMAT:
+        kind = record.get("kind")
+        if number == 1 and kind != "header":
+            raise Damaged(number, f"is no header: its kind is {kind!r}")
+        if number == 1 and record.get("format") != FORMAT:
             raise Damaged(number, f"is of format {record.get('format')!r}; this version reads {FORMAT}")
         if record.get("seq") != self._seq:
             raise Damaged(
@@ -89,7 +90,6 @@ class Decoder:
             )
         if record.get("prev") != self._prev:
             raise Damaged(number, "does not follow from the line before it: one of the two was changed")
-        kind = record.get("kind")
         if not isinstance(kind, str) or kind not in KINDS:
             raise Damaged(number, f"has the unknown kind {kind!r}")
         self._seq += 1

@@ -185,12 +185,14 @@ class Replayer:
     ) -> None:
         """Raises Damaged when the journal's header cannot be read."""
         self._recording = recording
-        self._recorded = recorded_lifecycle(recording)
+        recorded = _recorded(recording)
+        self._recorded = recorded.lifecycle
         header = recording.records[0]
         self._other = lifecycle is not None
         self._compares_lines = not self._other and "lines" in header
         self._lifecycle = _as_run(lifecycle, header, vocabulary) if lifecycle else self._recorded
-        self._table = Table(self._lifecycle, vocabulary)
+        shared = not self._other and vocabulary is VOCABULARY
+        self._table = recorded if shared else Table(self._lifecycle, vocabulary)
         start = self._table.start()
         self.snapshot = self._before = start.snapshot
         self.held: dict[int, _Held] = {}
@@ -556,6 +558,10 @@ _COMMON = 5
 
 def recorded_lifecycle(recording: Recording) -> Lifecycle:
     """The lifecycle in the header of a journal. Raises Damaged when there is none that can be read."""
+    return _recorded(recording).lifecycle
+
+
+def _recorded(recording: Recording) -> Table:
     header = recording.header
     if header is None:
         raise Damaged(1, "there is no header: the launcher died before it was written")
@@ -577,9 +583,9 @@ class _Parts:
 
 
 @lru_cache(maxsize=64)
-def _loaded(parts: _Parts) -> Lifecycle:
+def _loaded(parts: _Parts) -> Table:
     """Many journals have the same lifecycle, and loading it takes longer than replaying a session."""
-    return lifecycle_from(parts.data, "the journal's header")
+    return Table(lifecycle_from(parts.data, "the journal's header"), VOCABULARY)
 
 
 def _as_run(lifecycle: Lifecycle, header: Record, vocabulary: Vocabulary) -> Lifecycle:
