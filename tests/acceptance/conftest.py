@@ -1,20 +1,225 @@
-"""What all acceptance tests share: every journal that they leave replays exactly."""
+"""What tests of whole sessions share: a place of their own to run in, a real harness, and real machines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kenaz_engine.journal.reader import read_journal
-from kenaz_engine.replay.replayer import replay
+from kenaz_engine.images.catalog import default_cache, find_image
+from kenaz_engine.images.errors import ImageError
+
+ROOT = Path(__file__).parents[2]
+HELLO = str(ROOT / "specs/sessions/hello.yaml")
+LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
+BOUND = 120
+"""Seconds after which a test has failed, whatever it waits for."""
+
+Message = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def every_journal_replays(tmp_path: Path) -> Iterator[None]:
-    """Of sessions that ended in whatever way, or did not."""
-    yield
-    for path in tmp_path.rglob("journal.jsonl"):
-        result = replay(read_journal(path))
-        assert result.ok, str(result)
+class World:
+    """A state directory of its own, and a look at what is on this host besides.
+
+    Options of `command`, `run` and `start` are values of the spec; the driver is `process` unless they name
+    another. `spec` is the session's file, hello.yaml unless given; `stdin` is fed to `run`.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.state = base / "s"
+        self.runtime = base / "r"
+        self.runtime.mkdir(mode=0o700)
+        self.environment = {
+            **os.environ,
+            "KENAZ_STATE_DIR": str(self.state),
+            "XDG_RUNTIME_DIR": str(self.runtime),
+            "NO_COLOR": "1",
+        }
+
+    def command(self, *words: str, spec: str = HELLO, behaviour: str = "", **options: str) -> list[str]:
+        values = {"driver": "process", **options}
+        if behaviour:
+            values["workbench.args"] = json.dumps([behaviour])
+        overrides = [word for name, value in values.items() for word in ("--set", f"spec.{name}={value}")]
+        return [LAUNCHER, "run", spec, *overrides, *words]
+
+    def run(self, *words: str, stdin: str = "", **options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words, **options),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=BOUND,
+            env=self.environment,
+            check=False,
+        )
+
+    def start(self, *words: str, **options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*words, **options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        )
+
+    def left(self) -> list[str]:
+        """All that is still there: processes, sockets of the kernel, files other than the record."""
+        kept = {"journal.jsonl", "console.log", ".creating"}
+        roots = (self.state, self.runtime)
+        found = [
+            str(path)
+            for root in roots
+            for path in root.glob("sessions/*/**/*" if root == self.state else "kenaz/*")
+            if path.name not in kept
+        ]
+        marks = [str(root).encode() for root in roots]
+        sockets = Path("/proc/net/unix").read_bytes().splitlines()
+        found += [line.decode() for line in sockets if any(mark in line for mark in marks)]
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = process.read_bytes()
+            except OSError:
+                continue
+            if any(mark in words for mark in marks):
+                found.append(words.decode("utf-8", "replace"))
+        return found
+
+    def directory(self, session: str) -> Path:
+        return self.state / "sessions" / session
+
+    def records(self, session: str) -> list[Message]:
+        text = (self.directory(session) / "journal.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def path(self, session: str) -> list[str]:
+        return [record["state"] for record in self.records(session) if record["kind"] == "entered"]
+
+    def wait_for(self, session: str, state: str) -> None:
+        def holds() -> bool:
+            try:
+                return state in self.path(session)
+            except (OSError, ValueError):
+                return False
+
+        self.until(holds)
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + BOUND
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """Where sessions are run; after the test nothing may be left of them."""
+    world = World(tmp_path)
+    yield world
+    assert world.left() == []
+
+
+@pytest.fixture(scope="session")
+def qemu() -> str:
+    """The path of QEMU; skips where it or the demo image is missing."""
+    binary = shutil.which("qemu-system-x86_64")
+    try:
+        find_image("demo", "x86_64", default_cache())
+    except ImageError:
+        binary = None
+    if binary is None:
+        pytest.skip("needs QEMU and the demo image (`make image`)")
+    return binary
+
+
+Answer = Callable[[Message], Sequence[Message | bytes] | None]
+"""What a harness says to a message; bytes go out as they are, None is a harness that dies."""
+
+
+class Harness:
+    """A harness as docs/reference/vsock-protocol.md has it, written without a line of the launcher's."""
+
+    def __init__(self, path: Path, answer: Answer) -> None:
+        self.address = f"unix:{path}"
+        self.heard: list[Message] = []
+        self.failure: BaseException | None = None
+        self._answer = answer
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._listener.settimeout(BOUND)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [message["kind"] for message in self.heard]
+
+    def finish(self) -> None:
+        """Ends it; raises what it failed with. Nobody need have dialled."""
+        if not self.heard:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(BOUND)
+        self._listener.close()
+        if self.failure is not None:
+            raise self.failure
+
+    def _serve(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        try:
+            with closing(connection), connection.makefile("rb") as stream:
+                connection.settimeout(BOUND)
+                while head := stream.read(4):
+                    message = json.loads(stream.read(int.from_bytes(head)))
+                    self.heard.append(message)
+                    said = self._answer(message)
+                    if said is None:
+                        return
+                    for one in said:
+                        data = one if isinstance(one, bytes) else json.dumps(one).encode()
+                        frame = data if isinstance(one, bytes) else len(data).to_bytes(4) + data
+                        connection.sendall(frame)
+        except BaseException as exc:
+            self.failure = exc
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Callable[[Answer], Harness]]:
+    """Starts a harness that says what it is told to say."""
+    made: list[Harness] = []
+
+    def listen(answer: Answer) -> Harness:
+        made.append(Harness(tmp_path / "h", answer))
+        return made[-1]
+
+    yield listen
+    for one in made:
+        one.finish()
+
+
+@pytest.fixture(scope="session")
+def token_of() -> Callable[[Path], str]:
+    """Reads the token off a config disk, in whatever form it is."""
+
+    def read(config: Path) -> str:
+        file = config / "kenaz.env" if config.is_dir() else config
+        found = re.search(rb'HARNESS_VM_TOKEN="([^"]+)"', file.read_bytes())
+        assert found is not None
+        return found[1].decode()
+
+    return read

@@ -373,11 +373,12 @@ class GuestProtocol:
         with `gone` and answers are dropped."""
         return self._message("harness", payload)
 
-    def fault(self, code: str, message: str) -> list[Action]:
-        """The guest's bytes were not frames."""
-        if self._state is State.HELLO:
-            return self._refuse("bad_hello", message, Report("from-guest", "", "", "", 0, code))
-        return self._violated("guest", code, message, Report("from-guest", "", "", "", 0, code))
+    def fault(self, code: str, message: str, *, side: Side = "guest") -> list[Action]:
+        """The bytes of that side were not frames."""
+        report = Report(f"from-{side}", "", "", "", 0, code)
+        if side == "guest" and self._state is State.HELLO:
+            return self._refuse("bad_hello", message, report)
+        return self._violated(side, code, message, report)
 
     def lost(self) -> list[Action]:
         """The guest's stream has ended."""

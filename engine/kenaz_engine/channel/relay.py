@@ -449,13 +449,16 @@ class GuestChannel:
             assert self._harness is not None
             await self._connection.room()
             await self._inward.room()
+            actions: list[Action] = []
             try:
                 payload = await self._harness.receive()
             except FramingError as exc:
                 payload = None
                 if exc.code != "frame_cut":
-                    ending = Violation("harness", exc.code, str(exc))
-            last = None if payload is None else self._apply(self._protocol.from_harness(payload))
+                    actions = self._protocol.fault(exc.code, str(exc), side="harness")
+            if payload is not None:
+                actions = self._protocol.from_harness(payload)
+            last = self._apply(actions)
             if isinstance(last, Violation):
                 ending = last
             if payload is None or last is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ import trio
 
 from kenaz_engine.cli.output import Paint, plain
 from kenaz_engine.session.launch import Result
-from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.summary import phases
 
 Record = Mapping[str, Any]
@@ -152,7 +153,8 @@ class Live:
 
     def __init__(self, out: Output) -> None:
         self._out = out
-        self._terminal = out.isatty()
+        # A dumb terminal can go back on no line.
+        self._terminal = out.isatty() and os.environ.get("TERM") != "dumb"
         self._paint = Paint(out)
         self._records: list[Record] = []
         self._state = ""

@@ -1,0 +1,143 @@
+"""`run --harness`: a real harness on the far side, and what becomes of the session when it is not one."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+
+def polite(message):
+    """Answers all, and ends after the guest's second prompt."""
+    match message["kind"]:
+        case "tool.invoke":
+            return [{"kind": "tool.result", "id": message["id"], "result": {"text": "contents"}}]
+        case "prompt" if "fs.read" in message["text"]:
+            return [{"kind": "prompt.result", "id": message["id"], "text": "well done"}, {"kind": "end"}]
+        case "prompt":
+            return [
+                {"kind": "prompt.delta", "id": message["id"], "text": "he"},
+                {"kind": "prompt.result", "id": message["id"], "text": "hello"},
+            ]
+        case _:
+            return []
+
+
+def test_a_harness_serves_the_guest_and_ends_the_session(world, harness):
+    far = harness(polite)
+    done = world.run("--session-id", "s1", "--harness", far.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert world.path("s1")[-4:] == ["running", "draining", "stopping", "releasing"]
+    assert done.stdout.endswith("  nothing left behind\n")
+    far.finish()
+    assert far.kinds == ["session.open", "prompt", "tool.invoke", "prompt", "session.close"]
+    opened, _, invoked, said, closed = far.heard
+    assert opened == {
+        "kind": "session.open",
+        "session": "s1",
+        "build": "2026.11",
+        "capabilities": ["prompts", "tools"],
+        "protocol": 1,
+    }
+    # What the policy denies never came this way, and the guest was told.
+    assert (invoked["tool"], invoked["arguments"]) == ("fs.read", {"path": "/etc/os-release"})
+    assert said["text"] == "fs.read answered; fs.delete refused (denied)"
+    assert closed["outcome"] == "success"
+
+
+def test_the_spec_may_come_from_stdin_with_overrides(world):
+    head = "apiVersion: kenaz.dev/v1\nkind: Session\nmetadata: {name: piped}\n"
+    text = head + "spec: {driver: process, image: demo}\n"
+    done = world.run("--session-id", "s1", "--set", 'spec.tools.allow=["fs.*"]', spec="-", stdin=text)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "guest says: fs.read answered; fs.delete answered" in done.stdout
+    header = world.records("s1")[0]
+    assert header["session"] == "s1"
+
+    done = world.run("--session-id", "s2", spec="-", stdin=text.replace("image", "imgae"))
+    assert done.returncode == 2
+    assert "did you mean `image`?" in done.stderr
+    assert "<stdin>:4:" in done.stderr
+    assert not world.directory("s2").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "says"),
+    [
+        ("unix:{}/none", 3, "nothing is at {}/none (start the harness first)"),
+        ("unix:{}/file", 2, "{}/file is not a socket"),
+        ("unix:", 2, "it must be unix:PATH"),
+        ("tcp:localhost:1", 2, "it must be unix:PATH"),
+    ],
+)
+def test_a_wrong_address_is_found_before_anything_is_made(world, tmp_path, address, code, says):
+    (tmp_path / "file").touch()
+    done = world.run("--harness", address.format(tmp_path))
+    assert done.returncode == code
+    assert done.stderr.startswith("kenaz-launcher: --harness")
+    assert says.format(tmp_path) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not world.state.exists()
+
+
+def failure(done):
+    """The line that says how the session failed."""
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    return line
+
+
+def test_a_socket_on_which_nobody_listens_ends_the_session_by_a_clear_line(world, tmp_path):
+    path = tmp_path / "h"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    done = world.run("--session-id", "s1", "--harness", f"unix:{path}")
+    assert done.returncode == 1
+    assert f"the harness at {path} cannot be reached: Connection refused" in failure(done)
+    assert world.path("s1")[-1] == "releasing"
+    assert "nothing left behind" in done.stdout
+
+
+def test_a_harness_that_dies_while_it_serves_ends_the_session_as_the_lifecycle_says(world, harness):
+    # By the protocol, closing is how a harness ends a session: the guest is drained, and what it waits for
+    # is answered for the harness.
+    far = harness(lambda message: None if message["kind"] == "tool.invoke" else polite(message))
+    done = world.run("--session-id", "s1", "--harness", far.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert world.path("s1")[-4:] == ["running", "draining", "stopping", "releasing"]
+    [invoked] = [message["id"] for message in far.heard if message["kind"] == "tool.invoke"]
+    answers = [(r.get("id"), r["message"]) for r in world.records("s1") if r.get("direction") == "to-guest"]
+    assert (invoked, "tool.error") in answers
+    assert "nothing left behind" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("garbage", "says"),
+    [
+        (b"\xff\xff\xff\xff", "frame_too_large"),
+        (b"\0\0\0\4nope", "bad_json"),
+        ({"kind": "tool.result", "id": "t99", "result": 1}, "unknown_id"),
+        ({"kind": "bye", "reason": "tired"}, "bad_kind"),
+    ],
+)
+def test_a_harness_that_breaks_a_rule_is_told_and_cut_off(world, harness, garbage, says):
+    far = harness(lambda message: [garbage] if message["kind"] == "prompt" else [])
+    done = world.run("--session-id", "s1", "--harness", far.address)
+    assert done.returncode == 1
+    assert "protocol violated" in failure(done)
+    assert "harness" in failure(done)
+    assert world.path("s1")[-3:] == ["running", "stopping", "releasing"]
+    far.finish()
+    [told] = [message for message in far.heard if message["kind"] == "error"]
+    assert told["code"] == says
+    assert "nothing left behind" in done.stdout
+
+
+def test_a_harness_that_is_gone_leaves_no_file_descriptor_or_socket_of_ours(world, harness):
+    far = harness(lambda message: None)  # dies as soon as it hears of the session
+    done = world.run("--session-id", "s1", "--harness", far.address)
+    assert done.returncode == 0
+    assert far.kinds == ["session.open"]
+    assert not Path(world.directory("s1"), "control.sock").exists()
