@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from textwrap import dedent
@@ -14,7 +15,8 @@ import jsonschema
 import pytest
 import trio
 
-from kenaz_engine.journal.reader import Recording
+from kenaz_drivers.contract import Driver
+from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.journal.records import GENESIS, encode
 from kenaz_engine.lifecycle.loader import load_lifecycle
 from kenaz_engine.lifecycle.machine import Event, Machine
@@ -22,9 +24,15 @@ from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.lifecycle.recorded import lifecycle_fields
 from kenaz_engine.lifecycle.vocabulary import Resource, Vocabulary
 from kenaz_engine.replay.replayer import replay
+from kenaz_engine.session import launch
+from kenaz_engine.session.launch import Result
 from kenaz_engine.session.ledger import Ledger, Made
+from kenaz_engine.session.leftovers import leftovers
+from kenaz_engine.session.prepare import prepare
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Observer, Recorder
 from kenaz_engine.session.runner import ActivityFunction, Outcome, Runner, Work
+from kenaz_engine.spec.resolve import load_session
 
 HEADER = "apiVersion: kenaz.dev/v1\nkind: Lifecycle\nmetadata: {name: test}\n"
 
@@ -234,3 +242,123 @@ def session(
             recording = Recording(Path("memory"), [header, *one.journal.records], torn=False)
             result = replay(recording, vocabulary=THINGS)
             assert result.ok, str(result)
+
+
+NO_OTHERS: Mapping[str, Any] = {}
+
+WHOLE = """\
+apiVersion: kenaz.dev/v1
+kind: Session
+metadata: {name: whole, id: s1}
+spec:
+  driver: simulated
+"""
+
+
+class Harness:
+    """A harness that says nothing, and goes when `leave` is set: at once, unless a test wants it to stay."""
+
+    def __init__(self) -> None:
+        self.leave = trio.Event()
+        self.leave.set()
+        self.outcome = ""
+
+    async def run(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def open(self, session: str, build: str, capabilities: Sequence[str]) -> None:
+        """Takes note of nothing."""
+
+    async def send(self, payload: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def receive(self) -> bytes | None:
+        await self.leave.wait()
+        return None
+
+    async def aclose(self, outcome: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.outcome = outcome
+
+
+@dataclass
+class Whole:
+    """Runs a whole session of the driver `simulated`, or of one that a test makes up."""
+
+    home: Path
+    harness: Harness = field(default_factory=Harness)
+    shown: list[str] = field(default_factory=list)
+    unreachable: Exception | None = None
+
+    def stays(self) -> Whole:
+        """The harness does not end the session."""
+        self.harness.leave = trio.Event()
+        return self
+
+    async def prepare(
+        self,
+        *overrides: str,
+        driver: Driver | None = None,
+        can: Mapping[str, Any] = NO_OTHERS,
+        **script: Any,
+    ) -> Prepared:
+        """A prepared session. `can` are other capabilities; their first transport is taken."""
+        sets = [f"spec.driverOptions.simulated.script={json.dumps(script)}", *overrides]
+        prepared = await prepare(load_session(WHOLE, "spec.yaml", overrides=sets, environment={}))
+        capabilities = replace(prepared.capabilities, **can)
+        return replace(
+            prepared,
+            driver=driver or prepared.driver,
+            capabilities=capabilities,
+            transport=capabilities.transports[0],
+        )
+
+    async def run(self, prepared: Prepared, *script: tuple[float, str]) -> Result:
+        """Runs it; each (seconds, event) of the script is asked for at its time."""
+
+        async def connect() -> Harness:
+            await trio.lowlevel.checkpoint()
+            if self.unreachable:
+                raise self.unreachable
+            return self.harness
+
+        session = launch.Session(prepared, connect, lambda stream, text: self.shown.append(text))
+
+        async def ask(seconds: float, kind: str) -> None:
+            await trio.sleep(seconds)
+            session.request(kind, "test")
+
+        async with trio.open_nursery() as nursery:
+            for seconds, kind in script:
+                nursery.start_soon(ask, seconds, kind)
+            with trio.fail_after(100_000):
+                result = await session.run()
+            nursery.cancel_scope.cancel()
+        return result
+
+    @property
+    def directory(self) -> Path:
+        """The session's own."""
+        return self.home / "sessions" / "s1"
+
+    def records(self) -> list[Mapping[str, Any]]:
+        """What the journal holds."""
+        return list(read_journal(self.directory / "journal.jsonl").records)
+
+    def path(self) -> list[str]:
+        """The states in the order of their entry."""
+        return [record["state"] for record in self.records() if record["kind"] == "entered"]
+
+
+@pytest.fixture
+def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Whole]:
+    """A session in a state directory of its own, of which nothing but its record may be left."""
+    monkeypatch.setenv("KENAZ_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    whole = Whole(tmp_path)
+    yield whole
+    kept = {"journal.jsonl", "console.log", ".creating"}
+    assert {path.name for path in tmp_path.rglob("*") if not path.is_dir()} <= kept
+    if (whole.directory / "journal.jsonl").exists():
+        assert leftovers(whole.directory / "journal.jsonl") == []

@@ -20,7 +20,8 @@ from kenaz_engine.lifecycle.analysis import abort_bound
 from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.session.guest import Layout
 from kenaz_engine.session.lifecycles import find_lifecycle
-from kenaz_engine.session.prepare import Prepared, layout_of, plan_launch, survey
+from kenaz_engine.session.prepare import layout_of, plan_launch, survey
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.files import read
 from kenaz_engine.spec.resolve import ResolvedSession, describe, load_session

@@ -38,7 +38,7 @@ from kenaz_engine.session.guest import (
     launch_request,
 )
 from kenaz_engine.session.ledger import AcquireTimeout, Made
-from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder, RecordLost
 from kenaz_engine.session.resources import file_handle, made_directory, made_file, open_reference
 from kenaz_engine.session.runner import ActivityError, ActivityFunction, Work

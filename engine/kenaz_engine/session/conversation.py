@@ -33,7 +33,7 @@ from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.ledger import Made
 from kenaz_engine.session.lifecycles import executes
-from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder
 from kenaz_engine.session.runner import ActivityError, Work
 from kenaz_engine.session.seams import EXIT_GRACE, Connect, Show, unless_exiting

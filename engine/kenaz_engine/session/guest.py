@@ -9,14 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
-
-if TYPE_CHECKING:
-    from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.prepared import Prepared
 
 ENVIRONMENT_FILE = "kenaz.env"
 """The file on the config disk; systemd's EnvironmentFile syntax."""

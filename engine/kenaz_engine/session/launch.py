@@ -29,7 +29,7 @@ from kenaz_engine.session.directory import (
 )
 from kenaz_engine.session.guest import Layout
 from kenaz_engine.session.ledger import AcquireTimeout, Ledger, Made
-from kenaz_engine.session.prepare import Prepared
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Observer, Recorder, RecordLost
 from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
 from kenaz_engine.session.runner import Outcome, Runner
@@ -94,7 +94,7 @@ class Session:
             recorder = Recorder(journal, self._observers)
             recorder.append("header", _header(self._prepared))
             if recorder.fault:
-                raise DirectoryError(f"{directory.journal}: {recorder.fault}", _ROOM)
+                raise DirectoryError(f"{directory.path} cannot be made: {recorder.fault}", _ROOM)
             ledger = Ledger(recorder, BY_INTENT)
             activities = Activities(self._prepared, layout, recorder, self._connect, self._failed, self._show)
             machine = Machine(self._prepared.lifecycle, VOCABULARY)

@@ -6,7 +6,6 @@ Faults end here: nothing has been created yet.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 
 from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
 from kenaz_drivers.registry import choose, driver_names, load
@@ -14,18 +13,16 @@ from kenaz_engine.images.catalog import default_cache, find_image
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.lifecycle.deadlines import with_deadlines
-from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.session.directory import DirectoryError, socket_directory, state_home
 from kenaz_engine.session.guest import Layout, launch_request
 from kenaz_engine.session.lifecycles import check_lifecycle
+from kenaz_engine.session.prepared import Considered, Prepared
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.faults import InvalidFile
 from kenaz_engine.spec.resolve import ResolvedSession
 from kenaz_engine.spec.schema import suggestion
 
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
-
-_Considered = tuple[tuple[str, Capabilities], ...]
 
 
 class CannotRun(Exception):
@@ -34,28 +31,6 @@ class CannotRun(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A session, ready to be made.
-
-    `lifecycle` is the one that will be run, with the deadlines that it has here; `considered` are the drivers
-    that were looked at, in order; `transport_reason` says why it is that transport; `notes` are for the user.
-    `image` is None where the driver boots none, or where it is `missing`, of which only `survey` tells.
-    """
-
-    resolved: ResolvedSession
-    arch: str
-    lifecycle: Lifecycle
-    driver: Driver
-    capabilities: Capabilities
-    considered: _Considered
-    transport: str
-    transport_reason: str
-    notes: tuple[str, ...]
-    image: Image | None
-    missing: ImageError | None
 
 
 def native_arch() -> str:
@@ -119,7 +94,7 @@ def _image(resolved: ResolvedSession, arch: str) -> tuple[Image | None, ImageErr
         return None, error
 
 
-async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabilities, _Considered]:
+async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabilities, Considered]:
     for name in resolved.driver_options:
         loaded = _load(resolved, name, ("spec", "driverOptions", name))
         if faults := resolved.check_driver_options(name, loaded.options_schema):
@@ -163,7 +138,7 @@ def _transport(resolved: ResolvedSession, driver: Driver, capabilities: Capabili
     return wanted, "asked for by the spec"
 
 
-def _notes(driver: Driver, capabilities: Capabilities, considered: _Considered) -> list[str]:
+def _notes(driver: Driver, capabilities: Capabilities, considered: Considered) -> list[str]:
     notes = []
     for name, other in considered:
         if name != driver.name:
