@@ -1,0 +1,433 @@
+"""What the machine's side of a session does, on virtual time: whole sessions with scripted machines."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from kenaz_drivers.contract import DriverError, LaunchPlan, LaunchRequest
+from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
+from kenaz_engine.channel.harness import HarnessError
+from kenaz_engine.channel.transports import TransportError
+from kenaz_engine.channel.transports.vsock import Claim
+from kenaz_engine.session import activities
+from kenaz_engine.session.activities import ALARM_LENGTH, CONSOLE_PAUSE, PRESS_AGAIN
+from kenaz_engine.session.ledger import ACQUIRE_BOUND
+
+WAY_UP = ["resolving", "allocating", "booting", "connecting"]
+PANIC = "Kernel panic - not syncing: "
+
+
+class Driver(SimulatedDriver):
+    """Scripted machines of which a test changes a part. Plans whatever it is asked for."""
+
+    def __init__(self, change: Callable[[SimulatedMachine], None] = lambda machine: None) -> None:
+        self._change = change
+        self.requests: list[LaunchRequest] = []
+        self.descriptors: Mapping[str, int] = {}
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        self.requests.append(request)
+        config = next(disk.path for disk in request.disks if disk.role == "config")
+        script = dict(request.options.get("script", {}))
+        environment = str(Path(config, "kenaz.env"))
+        data = {"session": "s1", "channel": request.channel, "environment": environment, "script": script}
+        return LaunchPlan(self.name, (), data=data)
+
+    @asynccontextmanager
+    async def launch(
+        self, plan: LaunchPlan, descriptors: Mapping[str, int]
+    ) -> AsyncIterator[SimulatedMachine]:
+        self.descriptors = dict(descriptors)
+        async with super().launch(plan, descriptors) as machine:
+            self._change(machine)
+            yield machine
+
+
+def printing(*pieces: tuple[float, bytes]) -> Driver:
+    """A machine whose console gives these pieces, each so many seconds after the one before."""
+
+    def change(machine: SimulatedMachine) -> None:
+        async def console() -> AsyncIterator[bytes]:
+            for seconds, piece in pieces:
+                await trio.sleep(seconds)
+                yield piece
+            await machine.wait()
+
+        machine.console = console  # type: ignore[method-assign]
+
+    return Driver(change)
+
+
+def event(records: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
+    [found] = [r for r in records if r["kind"] == "event" and r["type"] == kind]
+    return found
+
+
+async def test_a_session_goes_the_graceful_way(autojump_clock: Any, whole: Any) -> None:
+    result = await whole.run(await whole.prepare())
+    assert result.outcome.success
+    assert whole.path() == [*WAY_UP, "running", "draining", "stopping", "releasing"]
+    assert whole.harness.outcome == "success"
+    assert (result.exit_code, result.console, result.tracebacks) == (None, (), ())
+
+
+async def test_the_line_of_a_panic_is_the_verdict(autojump_clock: Any, whole: Any) -> None:
+    long = "x" * ALARM_LENGTH
+    driver = printing((0.2, b"Linux\n" + PANIC.encode()), (0.1, f"sysrq {long}".encode()), (0.1, b"!\r\n"))
+    result = await whole.run(await whole.prepare(driver=driver, dial=None))
+    assert (
+        result.outcome.verdict == f"guest panicked while booting: {(PANIC + 'sysrq ' + long)[:ALARM_LENGTH]}"
+    )
+    assert whole.path() == [*WAY_UP, "killing", "releasing"]
+    assert result.console == ("Linux", f"{PANIC}sysrq {long}!")
+    assert event(whole.records(), "guest.panic")["data"]["pattern"] == "guest.panic"
+
+
+async def test_a_panic_is_told_with_the_end_of_its_line(autojump_clock: Any, whole: Any) -> None:
+    driver = printing((0.2, PANIC.encode() + b"sysrq triggered cras"), (CONSOLE_PAUSE * 0.9, b"h\n"))
+    result = await whole.run(await whole.prepare(driver=driver, dial=None))
+    assert result.outcome.verdict.endswith("sysrq triggered crash")
+
+
+async def test_a_prompt_fails_within_the_second(autojump_clock: Any, whole: Any) -> None:
+    driver = printing((1.0, b"no system\r\n\x1b[1mgrub> "))
+    started = trio.current_time()
+    result = await whole.run(await whole.prepare(driver=driver, dial=None))
+    assert result.outcome.verdict == "guest panicked while booting: grub>"
+    assert trio.current_time() - started == pytest.approx(1.0 + CONSOLE_PAUSE)
+
+
+async def test_every_pause_is_heard(autojump_clock: Any, whole: Any) -> None:
+    driver = printing((0.1, b"booting"), (1.0, b"..."), (1.0, b"\n(initramfs) "))
+    result = await whole.run(await whole.prepare(driver=driver, dial=None))
+    assert result.outcome.verdict.endswith(": (initramfs)")
+    assert result.outcome.seconds == pytest.approx(2.1 + CONSOLE_PAUSE)
+
+
+async def test_the_last_words_count_before_the_exit(autojump_clock: Any, whole: Any) -> None:
+    driver = printing((0.2, PANIC.encode() + b"cut"))
+    result = await whole.run(await whole.prepare(driver=driver, dial=None, exit=0.3))
+    assert result.outcome.verdict == f"guest panicked while booting: {PANIC}cut"
+
+
+async def test_a_console_that_does_not_end_holds_nobody_up(autojump_clock: Any, whole: Any) -> None:
+    def change(machine: SimulatedMachine) -> None:
+        async def console() -> AsyncIterator[bytes]:
+            yield b"Linux\n"
+            await trio.sleep_forever()
+
+        machine.console = console  # type: ignore[method-assign]
+
+    result = await whole.run(await whole.prepare(driver=Driver(change)))
+    assert result.outcome.success
+    assert result.outcome.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "way"),
+    [
+        ({"refuse": "no memory"}, "VM did not start: the scripted machine refuses: no memory", "killing"),
+        ({"dial": None}, "guest did not dial in time", "killing"),
+        ({"ready": None}, "VM start took too long", "killing"),
+        ({"dial": None, "exit": 1}, "VM exited before it dialled: the guest powered off", "releasing"),
+        ({"exit": 1, "clean": False}, "VM exited while serving: the machine crashed", "releasing"),
+    ],
+)
+async def test_a_machine_that_fails_is_told(
+    autojump_clock: Any, whole: Any, script: dict[str, Any], verdict: str, way: str
+) -> None:
+    whole.stays()
+    result = await whole.run(await whole.prepare(**script))
+    assert result.outcome.verdict == verdict
+    assert way in whole.path()
+    assert not result.outcome.success
+
+
+async def test_a_machine_that_is_never_made_is_given_up(autojump_clock: Any, whole: Any) -> None:
+    class Stuck(Driver):
+        @asynccontextmanager
+        async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> Any:
+            await trio.sleep_forever()
+            yield
+
+    result = await whole.run(await whole.prepare(driver=Stuck()))
+    assert result.outcome.verdict == f"VM did not start: making the vm took longer than {ACQUIRE_BOUND:g} s"
+
+
+async def test_a_guest_that_hears_no_button_is_killed(autojump_clock: Any, whole: Any) -> None:
+    result = await whole.run(await whole.prepare(powerdown=None))
+    assert result.outcome.success
+    assert result.outcome.warnings == ("guest did not power off",)
+    assert whole.path()[-3:] == ["stopping", "killing", "releasing"]
+
+
+async def test_the_button_is_pressed_again(autojump_clock: Any, whole: Any) -> None:
+    presses = []
+
+    def change(machine: SimulatedMachine) -> None:
+        press = machine.powerdown
+
+        async def powerdown() -> None:
+            presses.append(trio.current_time())
+            if len(presses) == 3:
+                await press()
+
+        machine.powerdown = powerdown  # type: ignore[method-assign]
+
+    result = await whole.run(await whole.prepare(driver=Driver(change)))
+    assert (result.outcome.success, result.outcome.warnings) == (True, ())
+    assert presses[2] - presses[0] == pytest.approx(2 * PRESS_AGAIN)
+
+
+@pytest.mark.parametrize(("exits", "last"), [(False, "killing"), (True, "stopping")])
+async def test_a_button_that_cannot_be_pressed(
+    autojump_clock: Any, whole: Any, exits: bool, last: str
+) -> None:
+    def change(machine: SimulatedMachine) -> None:
+        async def powerdown() -> None:
+            if exits:
+                await SimulatedMachine.powerdown(machine)
+            raise DriverError("the monitor is gone", hint="look at it")
+
+        machine.powerdown = powerdown  # type: ignore[method-assign]
+
+    result = await whole.run(await whole.prepare(driver=Driver(change)))
+    assert whole.path()[-2:] == [last, "releasing"]
+    said = () if exits else ("power-off failed: the monitor is gone",)
+    assert (result.outcome.success, result.outcome.warnings) == (True, said)
+
+
+async def test_an_abort_before_there_is_a_machine_has_nothing_to_kill(
+    autojump_clock: Any, whole: Any
+) -> None:
+    result = await whole.run(await whole.prepare(), (0.0, "abort"))
+    assert result.outcome.verdict == "aborted"
+    assert whole.path()[-2:] == ["killing", "releasing"]
+
+
+async def test_a_harness_that_cannot_be_reached_is_told(autojump_clock: Any, whole: Any) -> None:
+    whole.unreachable = HarnessError("the harness is away", hint="start it")
+    result = await whole.run(await whole.prepare())
+    assert result.outcome.verdict == "protocol violated: the harness is away"
+    assert event(whole.records(), "error")["data"]["hint"] == "start it"
+
+
+async def test_what_cannot_be_given_back_is_told(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stubborn(path: Path) -> Any:
+        made = original(path)
+        if path.name != "root":
+            return made
+
+        async def release() -> None:
+            if len(refused) < 1:
+                refused.append(path)
+                raise PermissionError(errno.EPERM, "it is mine", str(path))
+            await made.release()
+
+        return activities.Made(made.handle, release)
+
+    refused: list[Path] = []
+    original = activities.made_directory
+    monkeypatch.setattr(activities, "made_directory", stubborn)
+    result = await whole.run(await whole.prepare())
+    assert "the disk [Errno 1] it is mine" in result.outcome.verdict
+    # The sweep after the final state tries once more.
+    assert result.outcome.left == ()
+
+
+# Disks, images and sockets
+
+
+def full(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def no_room(*args: Any, **options: Any) -> None:
+    await trio.lowlevel.checkpoint()
+    full()
+
+
+async def made_empty(path: Path, **options: Any) -> None:
+    await trio.lowlevel.checkpoint()
+    path.touch(0o600)
+
+
+@pytest.fixture
+def image(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image with patterns of its own, which is found; its overlay is an empty file."""
+    directory = tmp_path_factory.mktemp("image")
+    root = directory / "root"
+    root.write_bytes(b"root")
+    patterns = (("guest.panic", "^guru meditation"), ("guest.ready", "^login:"))
+    found = SimpleNamespace(
+        root=root,
+        digest="sha256:00",
+        root_format="raw",
+        console_patterns=patterns,
+        kernel=root,
+        initrd=root,
+        cmdline="quiet",
+    )
+    monkeypatch.setattr(activities, "find_image", lambda *_: found)
+    monkeypatch.setattr(activities, "create_overlay", made_empty)
+    return directory
+
+
+BOOTS = {"boots_image": True, "disk_formats": ("qcow2",)}
+
+
+async def test_a_machine_with_an_image(autojump_clock: Any, whole: Any, image: Path) -> None:
+    driver = printing((0.1, b"login: \nguru meditation 1\n"))
+    result = await whole.run(await whole.prepare(driver=driver, can=BOOTS, dial=None))
+    assert result.outcome.verdict == "guest panicked while booting: guru meditation 1"
+    disks = [(disk.role, disk.format, Path(disk.path).name) for disk in driver.requests[-1].disks]
+    assert disks == [("root", "qcow2", "root.qcow2"), ("config", "raw", "config.raw")]
+    assert driver.requests[-1].cmdline == "quiet"
+    kinds = [(r["resource"], r["type"]) for r in whole.records() if r["kind"] == "acquired"]
+    assert kinds[1:4] == [("image", "image-reference"), ("disk", "file"), ("config", "file")]
+
+
+@pytest.mark.parametrize(
+    ("maker", "fails", "names"),
+    [("create_overlay", no_room, "root.qcow2"), ("write_config_disk", full, "config.raw")],
+)
+async def test_a_full_disk_is_told_by_the_file_that_it_has_no_room_for(
+    autojump_clock: Any,
+    whole: Any,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    maker: str,
+    fails: Any,
+    names: str,
+) -> None:
+    monkeypatch.setattr(activities, maker, fails)
+    result = await whole.run(await whole.prepare(driver=Driver(), can=BOOTS))
+    path = whole.directory / names
+    assert result.outcome.verdict == f"disks could not be made: {path}: No space left on device"
+
+
+async def test_a_config_directory_that_has_no_room_is_named(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activities, "write_directory", full)
+    result = await whole.run(await whole.prepare())
+    path = whole.directory / "config"
+    assert result.outcome.verdict == f"disks could not be made: {path}: No space left on device"
+
+
+async def test_a_path_that_is_known_is_told(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/their/file")
+
+    monkeypatch.setattr(activities, "write_directory", denied)
+    result = await whole.run(await whole.prepare())
+    assert result.outcome.verdict == "disks could not be made: /their/file: Permission denied"
+
+
+async def test_an_error_without_a_path_is_told(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activities, "listen_unix", full)
+    result = await whole.run(await whole.prepare())
+    assert result.outcome.verdict == "disks could not be made: the system: No space left on device"
+
+
+async def test_an_image_that_went_since_is_told(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: Any) -> None:
+        raise activities.ImageError("it is gone", "get it again")
+
+    monkeypatch.setattr(activities, "find_image", gone)
+    result = await whole.run(await whole.prepare(driver=Driver(), can=BOOTS))
+    assert result.outcome.verdict == "image could not be had: it is gone"
+
+
+class NoGuest:
+    """Listens on a port that nobody dials."""
+
+    def __init__(self) -> None:
+        self.port = 7881
+        self.closed = False
+
+    async def accept(self) -> Any:
+        await trio.sleep_forever()
+
+    async def aclose(self) -> None:
+        self.closed = True
+        await trio.lowlevel.checkpoint()
+
+
+VSOCK = {"transports": ("vsock",)}
+
+
+async def test_a_cid_is_claimed_handed_on_and_given_back(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed, theirs = os.pipe()
+    listener, driver = NoGuest(), Driver()
+    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(activities, "listen_vsock", lambda port, cid: listener)
+    result = await whole.run(await whole.prepare(driver=driver, can=VSOCK, dial=None))
+    os.close(theirs)
+    assert result.outcome.verdict == "guest did not dial in time"
+    assert (driver.requests[-1].cid, driver.requests[-1].channel) == (42, "")
+    assert driver.descriptors == {"vhost-vsock": claimed}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(claimed)
+    assert listener.closed
+    [made] = [r for r in whole.records() if r["kind"] == "acquired" and r["type"] == "cid"]
+    assert made["handle"] == {"cid": 42, "port": 7881}
+
+
+async def test_a_cid_is_free_again_where_nobody_can_listen(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(port: int, *, cid: int) -> None:
+        raise TransportError("no AF_VSOCK", hint="take another")
+
+    claimed, theirs = os.pipe()
+    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(activities, "listen_vsock", refuse)
+    result = await whole.run(await whole.prepare(driver=Driver(), can=VSOCK))
+    os.close(theirs)
+    assert result.outcome.verdict == "disks could not be made: no AF_VSOCK"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(claimed)
+
+
+async def test_a_cid_is_given_back_also_where_there_is_no_machine(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Driver):
+        def plan(self, request: LaunchRequest) -> LaunchPlan:
+            raise DriverError("not with this machine", hint="another")
+
+    claimed, theirs = os.pipe()
+    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(activities, "listen_vsock", lambda port, cid: NoGuest())
+    result = await whole.run(await whole.prepare(driver=Refusing(), can=VSOCK))
+    os.close(theirs)
+    assert result.outcome.verdict == "VM did not start: not with this machine"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(claimed)
+
+
+def test_a_config_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
+    activities.write_directory(tmp_path / "config", {"kenaz.env": b"A=1\n"})
+    assert (tmp_path / "config").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "config/kenaz.env").stat().st_mode & 0o777 == 0o400
+    assert (tmp_path / "config/kenaz.env").read_bytes() == b"A=1\n"
