@@ -1,0 +1,76 @@
+"""What a guest is given, and what of it the driver is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kenaz_engine.session.guest import (
+    Layout,
+    connector_ids,
+    disk_formats,
+    guest_address,
+    guest_variables,
+    launch_request,
+)
+
+LAYOUT = Layout(Path("/state/s1"), Path("/run/s1"))
+
+
+@pytest.mark.parametrize(
+    ("transport", "address"),
+    [
+        ("virtio-serial", "virtio-serial:dev.kenaz.channel"),
+        ("vsock", "vsock:2:7881"),
+        ("unix", "unix:/run/s1/channel.sock"),
+    ],
+)
+async def test_where_the_guest_finds_the_channel(whole: Any, transport: str, address: str) -> None:
+    prepared = replace(await whole.prepare(), transport=transport)
+    assert guest_address(prepared, LAYOUT) == address
+    request = launch_request(prepared, LAYOUT, None)
+    assert request.channel == ("" if transport == "vsock" else "/run/s1/channel.sock")
+
+
+async def test_the_boot_parameters(whole: Any) -> None:
+    prepared = await whole.prepare(
+        "spec.workbench={build: '7', env: {LANG: C}, args: [demo]}", "spec.tools.allow=[fs.*, '*']"
+    )
+    assert guest_variables(prepared, LAYOUT, "token") == {
+        "HARNESS_VM_TOKEN": "token",
+        "HARNESS_VM_PORT": "7881",
+        "SIGIL_WORKBENCH_ID": "s1",
+        "KENAZ_SESSION_ID": "s1",
+        "KENAZ_CHANNEL": "unix:/run/s1/channel.sock",
+        "KENAZ_WORKBENCH_BUILD": "7",
+        "KENAZ_ENVGRANT_LANG": "C",
+        "KENAZ_WORKBENCH_ARGS": json.dumps(["demo"]),
+        "KENAZ_MCP_ALLOWLIST": "fs",
+    }
+    runs = await whole.prepare("spec.lifecycle=ephemeral-exec", "spec.workbench.args=[ls]")
+    assert not {"KENAZ_WORKBENCH_ARGS", "KENAZ_MCP_ALLOWLIST"} & guest_variables(runs, LAYOUT, "t").keys()
+
+
+def test_a_pattern_that_names_no_connector_adds_none() -> None:
+    assert connector_ids(["web.search", "fs.*", "fs.read", "*", "a*.b", "UPPER.x", ""]) == ["fs", "web"]
+
+
+async def test_a_machine_boots_its_image_and_a_process_is_the_agent(whole: Any) -> None:
+    process = await whole.prepare()
+    assert disk_formats(process) == ("directory", "directory")
+    request = launch_request(process, LAYOUT, None)
+    assert request.agent
+    assert (request.kernel, request.initrd, request.cmdline) == ("", "", "")
+    assert [disk.path for disk in request.disks] == ["/state/s1/root", "/state/s1/config"]
+    machine = await whole.prepare(can={"disk_formats": ("qcow2", "raw")})
+    image: Any = SimpleNamespace(kernel=Path("/k"), initrd=Path("/i"), cmdline="quiet")
+    request = launch_request(machine, LAYOUT, image, cid=42)
+    assert (request.kernel, request.initrd, request.cmdline, request.cid) == ("/k", "/i", "quiet", 42)
+    assert request.agent == ()
+    assert [disk.path for disk in request.disks] == ["/state/s1/root.qcow2", "/state/s1/config.raw"]
+    assert LAYOUT.control == Path("/run/s1/control.sock")
