@@ -32,9 +32,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a shipped lifecycle's name, or the file of one or of a session",
     )
     parser.add_argument(
-        "--faults", type=int, choices=(0, 1, 2), default=1, help="at most so many at once (default: 1)"
+        "--faults",
+        type=int,
+        choices=(0, 1, 2),
+        default=1,
+        metavar="N",
+        help="at most so many at once, 0 to 2 (default: 1)",
     )
-    parser.add_argument("--world", default="all", help="the nominal world to explore (default: all)")
+    parser.add_argument(
+        "--world", metavar="NAME", default="all", help="the nominal world to explore (default: all)"
+    )
     parser.add_argument(
         "--order", choices=ORDERS, default="both", help="of simultaneous events (default: both)"
     )
