@@ -102,3 +102,18 @@ async def test_settling_lets_all_others_run_first_on_virtual_time(
         await inbox.settle()
         assert inbox.holds("late")
     await Inbox().settle()
+
+
+async def test_simultaneous_events_can_be_taken_the_other_way_round(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Only where stamps are equal; `ties` counts how often they were."""
+    inbox = Inbox(settle=True, opposite=True)
+    for kind in ("done", "abort", "vm.exited"):
+        inbox.put(Event(kind))
+    await trio.sleep(1)
+    inbox.put(Event("end"))
+    assert [stamped.event.type for stamped in inbox.waiting] == ["done", "abort", "vm.exited", "end"]
+    assert drain(inbox) == ["done", "vm.exited", "abort", "end"]
+    assert inbox.ties == 2
+    assert inbox.waiting == ()
