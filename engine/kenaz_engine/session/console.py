@@ -17,7 +17,6 @@ LINE_BYTES = 4096
 """A longer line is looked at in pieces of this size."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])|[\x00-\x08\x0b-\x1f\x7f]")
-_UNSEEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Console:
@@ -107,4 +106,6 @@ class Console:
 def printable(line: bytes) -> str:
     """A line of the console as text that is safe to show on a terminal."""
     text = _ANSI.sub("", line.decode("utf-8", "replace")).expandtabs().strip()
-    return text if text.isprintable() else "".join(c if c.isprintable() else _UNSEEN for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
