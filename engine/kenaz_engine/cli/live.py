@@ -258,8 +258,9 @@ class Live:
                 seconds = time.monotonic() - self._since
             else:
                 seconds = t - self._entered
-            self._line(f"  {self._state:<12} {seconds:7.2f} s")
-            self._state = ""
+            # Left first, or its line would be drawn once more.
+            left, self._state = self._state, ""
+            self._line(f"  {left:<12} {seconds:7.2f} s")
 
     def _draw(self) -> None:
         if self._terminal and self._state:
