@@ -146,6 +146,11 @@ def test_nothing_outlives_a_kill(tmp_path: Path, killed: str) -> None:
     assert is_gone(int(pid.read_text()))
 
 
+def test_a_command_beyond_a_frame_is_not_sent(execute: Execute) -> None:
+    result = execute("process", "echo", "x" * 4096, **{"spec.channel.limits.frame": "4KiB"})[1]
+    assert result["verdict"] == "the command could not be run: the command does not fit in a frame"
+
+
 def test_without_a_command_nothing_is_begun(tmp_path: Path) -> None:
     ran = subprocess.run(
         command("process"), env=environment(tmp_path), capture_output=True, text=True, check=False

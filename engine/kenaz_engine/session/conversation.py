@@ -5,6 +5,7 @@ Imported when the machine boots already: nothing of this is needed before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -44,6 +45,9 @@ CAPABILITIES = frozenset({"tools", "prompts"})
 
 COMMANDS = frozenset({"exec"})
 """What it is granted in sessions that run one command."""
+
+ENVELOPE = 256
+"""Bytes of a frame that its command cannot have."""
 
 
 def channel_limits(resolved: ResolvedSession) -> Limits:
@@ -255,6 +259,8 @@ class Conversation:
         argv = self._prepared.resolved.workbench.args
         if not COMMANDS.issubset(self._channel.hello.capabilities):
             raise ActivityError("the guest's agent runs no commands", hint="take an image whose agent does")
+        if len(json.dumps(argv)) > self._prepared.resolved.channel.limits.frame - ENVELOPE:
+            raise ActivityError("the command does not fit in a frame", hint="raise spec.channel.limits.frame")
         self._channel_wanted.set()
         ended = await self._channel.execute(argv, self._show)
         if ended is None:
