@@ -7,10 +7,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
+from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.session.control import ControlError, ask, serve_control
 
@@ -55,3 +57,31 @@ async def test_nonsense_is_answered_and_survived(tmp_path: Path, said: bytes) ->
 async def test_a_session_that_is_gone_does_not_answer(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="does not answer"):
         await ask(tmp_path / "none.sock", "end")
+
+
+class Exhausted:
+    """A listener that is out of descriptors once, and is closed after."""
+
+    def __init__(self) -> None:
+        self.calls: list[float] = []
+
+    async def accept(self) -> Any:
+        self.calls.append(trio.current_time())
+        if len(self.calls) == 1:
+            raise TransportError("out of descriptors")
+        raise trio.ClosedResourceError
+
+
+async def test_a_lack_of_descriptors_is_waited_out(autojump_clock: Any) -> None:
+    listener: Any = Exhausted()
+    await serve_control(listener, lambda command: None)
+    assert listener.calls[1] - listener.calls[0] == pytest.approx(1)
+
+
+async def test_a_session_that_says_nothing_is_not_waited_for_long(
+    tmp_path: Path, autojump_clock: Any
+) -> None:
+    listener = listen_unix(tmp_path / "c")
+    with pytest.raises(ControlError, match="did not answer within 5 s"):
+        await ask(tmp_path / "c", "end")
+    await listener.aclose()
