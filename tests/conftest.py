@@ -17,7 +17,12 @@ collect_ignore = ["acceptance/example_repo"]
 # A busy machine is no defect of the code: nothing here depends on time. `make test` tries the same each time,
 # `make test-all` looks where nobody has looked yet.
 settings.register_profile(
-    "short", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "short",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
 )
 settings.register_profile(
     "long", settings.get_profile("short"), derandomize=False, database=None, max_examples=2000

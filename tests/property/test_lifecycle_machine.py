@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kenaz_engine.lifecycle.loader import load_lifecycle
-from kenaz_engine.lifecycle.machine import Decision, Enter, Event, Finish, Machine, Restart, Snapshot, Table, Wait
+from kenaz_engine.lifecycle.machine import (
+    Decision,
+    Enter,
+    Event,
+    Finish,
+    Machine,
+    Restart,
+    Snapshot,
+    Table,
+    Wait,
+)
 from kenaz_engine.lifecycle.model import Arm, Backoff, Guard, Lifecycle, Retry, State
 from kenaz_engine.lifecycle.recorded import decision_fields, event_fields, event_from
 from kenaz_engine.session.vocabulary import VOCABULARY
@@ -150,7 +160,7 @@ def test_any_events_on_any_lifecycle(lifecycle: Lifecycle, sketches: list[tuple[
 def test_recorded_events_lead_to_the_same_decisions(
     lifecycle: Lifecycle, sketches: list[tuple[Any, ...]]
 ) -> None:
-    """What a replay stands on: the journal's form of an event loses nothing, and its table decides the same."""
+    """A replay stands on this: an event survives the journal's form, and its table decides the same."""
     made = check(Machine(lifecycle, VOCABULARY), sketches)
     again = Table(lifecycle, VOCABULARY)
     at = again.start().snapshot
