@@ -364,6 +364,8 @@ class _Builder:
             self._stop(place, "a second `:` makes no sense here", "quote a text that has `: ` in it")
         if "cannot start any token" in problem:
             self._stop(place, f"no value can start with `{character}`", "quote it")
+        if "nesting depth" in problem:  # the parser in C looks ahead, and has a bound of its own above ours
+            self._stop(place, f"more than {MAX_DEPTH} levels deep")
         if missing := _MISSING.search(problem):
             hint = "quote a text that has brackets in it"
             self._stop(place, f"a `,` or `{missing[1]}` is missing before this", hint)
