@@ -8,6 +8,8 @@ BUILD_IMAGE = $(BIN)/python -m kenaz_engine.guest.build
 LAUNCHER = $(BIN)/kenaz-launcher
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/coverage run -m pytest
+# These start no machine and wait for nothing, so they share the cores.
+PURE = --numprocesses logical --dist worksteal tests/unit tests/property tests/journals specs/scenarios
 
 help: ## list the targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -40,16 +42,17 @@ run-vm-aarch64: ## not yet: see what it says
 
 test: host-test lint image ## check and test everything but what is long; branch coverage must reach 90 %
 	@rm -f .coverage .coverage.*
-	$(PYTEST) tests/unit tests/property tests/journals specs/scenarios
+	$(PYTEST) $(PURE)
 	$(PYTEST) tests/integration tests/acceptance
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90
 
 test-quick: lint ## check, and run the unit and property tests: no machine, no image, under a minute
-	$(BIN)/pytest tests/unit tests/property tests/journals specs/scenarios
+	$(BIN)/pytest $(PURE)
 
 test-all: host-test .venv/ready-to-test ## only what `test` leaves out because it is long
-	$(BIN)/pytest --long
+	$(BIN)/pytest --long $(PURE)
+	$(BIN)/pytest --long tests/integration tests/acceptance
 
 bench: image .venv/ready-to-test ## measure what docs/performance.md promises
 	$(BIN)/python tests/benchmarks

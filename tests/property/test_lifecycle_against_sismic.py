@@ -30,7 +30,7 @@ from kenaz_engine.lifecycle.machine import Event, Machine, Table
 from kenaz_engine.lifecycle.model import Arm, Guard, Lifecycle, State
 from kenaz_engine.lifecycle.vocabulary import Vocabulary
 
-CASES = 4_000
+CASES = 2_000
 LONG = 20_000
 NOTHING = Vocabulary({}, {})
 EVENTS = ("done", "error", "timeout", "end", "abort", "guest.bye")

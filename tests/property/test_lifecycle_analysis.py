@@ -117,7 +117,7 @@ def tried_out(machine: Machine, snapshot: Snapshot, event: Event) -> Decision:
 
 
 @given(lifecycles())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_every_path_shown_is_taken_by_the_machine(lifecycle: Lifecycle) -> None:
     machine = Machine(lifecycle, VOCABULARY)
     for found in analyse(lifecycle, VOCABULARY):
@@ -157,7 +157,7 @@ def test_no_path_could_be_shorter(lifecycle: Lifecycle) -> None:
 
 
 @given(lifecycles())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_analysis_is_a_function(lifecycle: Lifecycle) -> None:
     assert analyse(lifecycle, VOCABULARY) == analyse(lifecycle, VOCABULARY)
     assert abort_bound(lifecycle, VOCABULARY) == abort_bound(lifecycle, VOCABULARY)
@@ -243,7 +243,7 @@ class World:
 
 
 @given(variants(), st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_passes_never_goes_wrong(lifecycle: Lifecycle, seed: int) -> None:
     if errors(lifecycle):
         return  # refused, as most are

@@ -90,13 +90,13 @@ def load_both(source: str | bytes) -> None:
         assert 0 <= fault.place.line <= lines
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated())
 def test_a_mutated_file_is_loaded_or_refused(text: str) -> None:
     load_both(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text() | st.binary())
 @example("")
 @example(b"\xff\xfea\x00")
@@ -130,7 +130,7 @@ def plain(source: str) -> Any:
 HEADER = "apiVersion: kenaz.dev/v1\nkind: {kind}\nmetadata: {{name: x}}\n{key}: "
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(JSON, st.sampled_from([("Session", "spec"), ("Lifecycle", "states"), ("Lifecycle", "any")]))
 def test_anything_in_the_right_place_is_loaded_or_refused(data: Any, where: tuple[str, str]) -> None:
     kind, key = where
@@ -138,7 +138,7 @@ def test_anything_in_the_right_place_is_loaded_or_refused(data: Any, where: tupl
     load_both(header + yaml.safe_dump(data, default_flow_style=True, allow_unicode=False))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(mutated())
 def test_both_parsers_read_the_same(text: str) -> None:
     """Where both accept a file. They differ in a few files that one of them refuses."""

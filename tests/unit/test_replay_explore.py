@@ -109,7 +109,17 @@ MUTANTS: dict[str, tuple[Callable[[Data], None], str, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+QUICK = ("leak after an error",)
+"""Of the mutants that take a fault to show, those that every commit waits for: some hundred sessions each."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if not faults or name in QUICK else [pytest.mark.slow])
+        for name, (_, _, _, faults) in MUTANTS.items()
+    ],
+)
 def test_a_seeded_fault_is_found_and_shrunk(standard: Lifecycle, name: str, tmp_path: Path) -> None:
     """What the analysis refuses breaks a law when it is run, and the file that says how fails."""
     change, law, state, faults = MUTANTS[name]
@@ -135,6 +145,7 @@ def fails(found: Found, lifecycle: Lifecycle, directory: Path) -> None:
         assert broken == set() if name == "standard" else found.breach.law in broken
 
 
+@pytest.mark.slow
 def test_a_pair_is_shrunk_to_what_is_needed(standard: Lifecycle) -> None:
     data = copy.deepcopy(to_data(standard))
     leads("running", "error", "failed", fail="no")(data["states"])
