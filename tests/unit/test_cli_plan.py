@@ -62,7 +62,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KENAZ_STATE_DIR", "/state")
     monkeypatch.setenv("KENAZ_SECRET", "canary")
-    monkeypatch.setattr("kenaz_engine.session.prepare.driver_names", lambda: ("fake",))
+    monkeypatch.setattr("kenaz_drivers.registry.driver_names", lambda: ("fake",))
     monkeypatch.setattr("kenaz_engine.session.prepare.load", lambda name: FakeDriver())
     monkeypatch.setattr(prepare, "find_image", lambda *_: FakeImage())
     (tmp_path / "hello.yaml").write_text(SPEC)

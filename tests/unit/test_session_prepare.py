@@ -61,7 +61,8 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setenv("KENAZ_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("KENAZ_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(module, "driver_names", lambda: ("fake", "other"))
+    monkeypatch.setattr("kenaz_drivers.registry.driver_names", lambda: ("fake", "other"))
+    monkeypatch.setattr("kenaz_drivers.registry.load", lambda name: driver)
     monkeypatch.setattr(module, "load", lambda name: driver)
     return driver
 

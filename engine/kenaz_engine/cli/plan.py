@@ -18,6 +18,7 @@ from kenaz_engine.cli.failures import ENVIRONMENT, SUCCESS
 from kenaz_engine.cli.output import Paint, plain, print_json, table
 from kenaz_engine.lifecycle.analysis import abort_bound
 from kenaz_engine.lifecycle.model import Lifecycle
+from kenaz_engine.session.check import telling_all
 from kenaz_engine.session.guest import Layout
 from kenaz_engine.session.lifecycles import find_lifecycle
 from kenaz_engine.session.prepare import layout_of, plan_launch, survey
@@ -61,9 +62,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Shows the plan; fails when the session could not be run here."""
     text, file = read(arguments.spec)
-    resolved = load_session(
-        text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
-    )
+    with telling_all():
+        resolved = load_session(
+            text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
+        )
     plan = make_plan(trio.run(survey, resolved))
     if arguments.json:
         print_json(plan_data(plan))

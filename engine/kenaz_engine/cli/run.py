@@ -14,6 +14,7 @@ import trio
 
 from kenaz_engine.cli.failures import ENVIRONMENT, FAILED, INTERRUPTED, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.live import JsonLines, Live, View
+from kenaz_engine.session.check import telling_all
 from kenaz_engine.session.directory import DirectoryError
 from kenaz_engine.session.launch import Result, Session
 from kenaz_engine.session.leftovers import leftovers
@@ -44,9 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the session; see `kenaz_engine.cli.failures` for the exit codes."""
     text, file = read(arguments.spec)
-    resolved = load_session(
-        text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
-    )
+    with telling_all():
+        resolved = load_session(
+            text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
+        )
     if arguments.harness:
         _check_harness(arguments.harness)
     return trio.run(_main, resolved, arguments)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from kenaz_engine.session.check import telling_all
 from kenaz_engine.spec.faults import Fault, InvalidFile
 from kenaz_engine.spec.resolve import ResolvedSession, load_session
 from kenaz_engine.spec.schema import suggestion
@@ -35,7 +36,8 @@ def kind_of(text: str, file: str) -> str:
 def load_anywhere(text: str, file: str) -> tuple[ResolvedSession, list[Fault]]:
     """A session that need not be run here: a variable that is not set is a warning. Raises InvalidFile."""
     environment = _Environment()
-    resolved = load_session(text, file, environment=environment)
+    with telling_all():
+        resolved = load_session(text, file, environment=environment)
     return resolved, list(_unset(resolved, environment.unset))
 
 

@@ -15,13 +15,13 @@ from kenaz_engine.cli.specfiles import kind_of, load_anywhere
 from kenaz_engine.lifecycle.analysis import abort_bound
 from kenaz_engine.lifecycle.loader import load_lifecycle
 from kenaz_engine.lifecycle.model import Lifecycle
-from kenaz_engine.session.lifecycles import examine, lifecycle_faults
+from kenaz_engine.session.check import check
+from kenaz_engine.session.lifecycles import lifecycle_faults
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.faults import Fault, InvalidFile
 from kenaz_engine.spec.files import is_ours, read
-from kenaz_engine.spec.resolve import ResolvedSession
-from kenaz_engine.spec.schema import suggestion
 from kenaz_engine.spec.units import format_duration
+from kenaz_engine.spec.yamlfile import in_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,36 +90,8 @@ def examine_file(path: str) -> Report:
 
 def _examine_session(text: str, file: str) -> Report:
     resolved, faults = load_anywhere(text, file)
-    faults += _driver_faults(resolved)
-    try:
-        lifecycle, found = examine(resolved)
-    except InvalidFile as invalid:
-        return Report(file, "Session", [*faults, *invalid.faults])
-    return Report(file, "Session", [*faults, *found], lifecycle)
-
-
-def _driver_faults(resolved: ResolvedSession) -> list[Fault]:
-    """What only the drivers know; they are looked at when a session says something about them."""
-    named: dict[str, tuple[str, ...]] = (
-        {} if resolved.driver == "auto" else {resolved.driver: ("spec", "driver")}
-    )
-    named |= {name: ("spec", "driverOptions", name) for name in resolved.driver_options if name not in named}
-    if not named:
-        return []
-    from kenaz_drivers.contract import DriverError
-    from kenaz_drivers.registry import driver_names, load
-
-    faults = []
-    for name, path in named.items():
-        if name not in driver_names():
-            hint = suggestion(name, driver_names()) or f"installed are {', '.join(driver_names())}"
-            faults.append(resolved.fault(path, f"there is no driver `{name}`", hint))
-        elif name in resolved.driver_options:
-            try:
-                faults += resolved.check_driver_options(name, load(name).options_schema)
-            except DriverError as error:
-                faults.append(resolved.fault(path, str(error), error.hint))
-    return faults
+    lifecycle, found = check(resolved)
+    return Report(file, "Session", in_order([*faults, *found]), lifecycle)
 
 
 def _show(report: Report) -> None:

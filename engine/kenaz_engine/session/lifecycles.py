@@ -79,11 +79,3 @@ def examine(resolved: ResolvedSession) -> tuple[Lifecycle, list[Fault]]:
         hint = 'name one, such as ["sh", "-c", "ls"]'
         faults.append(resolved.fault(("spec", "workbench", "args"), message, hint))
     return with_deadlines(lifecycle, VOCABULARY, resolved.timeouts, 1.0), faults
-
-
-def check_lifecycle(resolved: ResolvedSession) -> Lifecycle:
-    """The spec's lifecycle, analysed, with the spec's own deadlines. Raises InvalidFile."""
-    lifecycle, faults = examine(resolved)
-    if any(fault.level == "error" for fault in faults):
-        raise InvalidFile(faults)
-    return lifecycle

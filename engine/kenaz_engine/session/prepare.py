@@ -8,19 +8,17 @@ from __future__ import annotations
 import platform
 
 from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
-from kenaz_drivers.registry import choose, driver_names, load
+from kenaz_drivers.registry import choose, load
 from kenaz_engine.images.catalog import default_cache, find_image
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.lifecycle.deadlines import with_deadlines
+from kenaz_engine.session.check import checked
 from kenaz_engine.session.directory import DirectoryError, socket_directory, state_home
 from kenaz_engine.session.guest import Layout, launch_request
-from kenaz_engine.session.lifecycles import check_lifecycle
 from kenaz_engine.session.prepared import Considered, Prepared
 from kenaz_engine.session.vocabulary import VOCABULARY
-from kenaz_engine.spec.faults import InvalidFile
 from kenaz_engine.spec.resolve import ResolvedSession
-from kenaz_engine.spec.schema import suggestion
 
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -66,7 +64,7 @@ def plan_launch(prepared: Prepared, layout: Layout) -> LaunchPlan:
 async def survey(resolved: ResolvedSession) -> Prepared:
     """As `prepare`, also where the image is missing, or the driver cannot do what is asked of it: for those
     who show what there is. Raises InvalidFile and CannotRun."""
-    lifecycle = check_lifecycle(resolved)
+    lifecycle = checked(resolved)
     arch = native_arch() if resolved.machine.arch == "native" else resolved.machine.arch
     driver, capabilities, considered = await _driver(resolved, arch)
     transport, reason = _transport(resolved, driver, capabilities)
@@ -95,16 +93,15 @@ def _image(resolved: ResolvedSession, arch: str) -> tuple[Image | None, ImageErr
 
 
 async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabilities, Considered]:
-    for name in resolved.driver_options:
-        loaded = _load(resolved, name, ("spec", "driverOptions", name))
-        if faults := resolved.check_driver_options(name, loaded.options_schema):
-            raise InvalidFile(faults)
     if resolved.driver == "auto":
         try:
             return await choose(arch, resolved.driver_options)
         except DriverError as exc:
             raise CannotRun(str(exc), exc.hint) from exc
-    driver = _load(resolved, resolved.driver, ("spec", "driver"))
+    try:
+        driver = load(resolved.driver)
+    except DriverError as exc:
+        raise CannotRun(str(exc), exc.hint) from exc
     capabilities = await driver.probe(arch, resolved.driver_options.get(driver.name, {}))
     if not capabilities.usable:
         wrong = [reason for reason in capabilities.reasons if not reason.ok]
@@ -113,17 +110,6 @@ async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabil
             "; ".join(r.mend for r in wrong if r.mend),
         )
     return driver, capabilities, ((driver.name, capabilities),)
-
-
-def _load(resolved: ResolvedSession, name: str, path: tuple[str, ...]) -> Driver:
-    names = driver_names()
-    if name not in names:
-        hint = suggestion(name, names) or f"installed are {', '.join(names)}"
-        raise InvalidFile([resolved.fault(path, f"there is no driver `{name}`", hint)])
-    try:
-        return load(name)
-    except DriverError as exc:
-        raise CannotRun(str(exc), exc.hint) from exc
 
 
 def _transport(resolved: ResolvedSession, driver: Driver, capabilities: Capabilities) -> tuple[str, str]:

@@ -125,6 +125,15 @@ class ResolvedSession:
         return str(PurePath(self.file).parent / path)
 
 
+class InvalidSession(InvalidFile):
+    """A session's file was refused. `rest` is the session without what is wrong with it, for those who know
+    of further faults; None where too much is wrong to tell."""
+
+    def __init__(self, faults: list[Fault], rest: ResolvedSession | None) -> None:
+        super().__init__(faults)
+        self.rest = rest
+
+
 def load_session(
     text: str | bytes,
     file: str,
@@ -137,8 +146,8 @@ def load_session(
     """The session that `text` describes, which came from `file`.
 
     `overrides` are those of `--set`, `path=value` with a value in YAML; `environment` is what `${env:NAME}`
-    is looked up in; `randomness` gives as many bytes as it is asked for, for the id. Raises InvalidFile with
-    every fault that could be found.
+    is looked up in; `randomness` gives as many bytes as it is asked for, for the id. Raises InvalidFile, and
+    InvalidSession where the file could be read, with every fault that could be found.
     """
     faults: list[Fault] = []
     document = yamlfile.parse(text, file, faults)
@@ -150,16 +159,13 @@ def load_session(
     faults += yamlfile.untold(_meaning_faults(document), faults)
     environments = _Environment(environment, document, faults)
     environments.find(document.data, shape, ())
+    origins = dict.fromkeys(overridden, "--set") | environments.origins
     if session_id is not None and not _ID.fullmatch(session_id):
         message = f"`{shorten(session_id)}` is not an id of 1 to 63 lower-case letters, digits and hyphens"
         faults.append(Fault(Place("--session-id"), "", message))
     if faults:
-        yamlfile.refuse(faults)
-    origins: dict[str, str] = {}
-    data = _filled(document.data, shape, (), document, origins)
-    origins |= dict.fromkeys(overridden, "--set") | environments.origins
-    identity = _identity(data["metadata"], session_id, randomness, origins)
-    return _session(data, identity, environments.values, origins, document)
+        raise InvalidSession(yamlfile.in_order(faults), _rest(document, faults, shape))
+    return _resolved(document, shape, origins, environments.values, session_id, randomness)
 
 
 def describe(session: ResolvedSession) -> dict[str, Any]:
@@ -372,6 +378,33 @@ class _Environment:
 
 
 # --- putting it together ------------------------------------------------------------------------------------
+
+
+def _resolved(
+    document: Document,
+    shape: schema.JsonSchema,
+    stated: Mapping[str, str],
+    replaced: Mapping[Path, str],
+    session_id: str | None,
+    randomness: Callable[[int], bytes],
+) -> ResolvedSession:
+    """The session of a document without faults; `stated` are the origins that are not the file's."""
+    origins: dict[str, str] = {}
+    data = _filled(document.data, shape, (), document, origins)
+    origins |= stated
+    identity = _identity(data["metadata"], session_id, randomness, origins)
+    return _session(data, identity, replaced, origins, document)
+
+
+def _rest(document: Document, faults: Sequence[Fault], shape: schema.JsonSchema) -> ResolvedSession | None:
+    """The session of the document's values that have no fault."""
+    sound = document.without({fault.path for fault in faults})
+    if sound.node(("metadata", "name")) is None:
+        named = sound.replace(("metadata", "name"), "unnamed", sound.place())
+        sound = sound if named is None else named
+    if list(schema.check(sound, shape)):
+        return None
+    return _resolved(sound, shape, {}, {}, None, bytes)
 
 
 def _filled(

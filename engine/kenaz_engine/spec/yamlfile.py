@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -172,6 +172,10 @@ class Document:
         root = _replaced(self.root, path, value, place)
         return None if root is None else Document(self.file, root)
 
+    def without(self, paths: Collection[str]) -> Document:
+        """This document without the members and items at those dotted paths."""
+        return Document(self.file, _without(self.root, (), paths))
+
 
 def from_data(data: Any, place_of: Callable[[Path], Place], file: str = "") -> Document:
     """A document of data that come from elsewhere: JSON, a command line."""
@@ -205,6 +209,20 @@ def _replaced(node: Node | None, path: Path, value: Any, place: Place) -> Node |
     return copy
 
 
+def _without(node: Node, path: Path, paths: Collection[str]) -> Node:
+    copy = node.moved(node.place)
+    if node.members is not None:
+        kept = {key: inner for key, inner in node.members.items() if dotted((*path, key)) not in paths}
+        copy.members = {key: _without(inner, (*path, key), paths) for key, inner in kept.items()}
+    elif node.items is not None:
+        copy.items = [
+            _without(inner, (*path, index), paths)
+            for index, inner in enumerate(node.items)
+            if dotted((*path, index)) not in paths
+        ]
+    return copy
+
+
 def untold(faults: Iterable[Fault], told: list[Fault]) -> list[Fault]:
     """Those faults at whose place nothing has been told yet: the first fault of a value causes the others."""
     places = {fault.place for fault in told}
@@ -212,13 +230,18 @@ def untold(faults: Iterable[Fault], told: list[Fault]) -> list[Fault]:
 
 
 def refuse(faults: list[Fault]) -> NoReturn:
-    """Raises InvalidFile with the faults in the file's order, `--set` and the like last."""
+    """Raises InvalidFile with the faults, in order."""
+    raise InvalidFile(in_order(faults))
+
+
+def in_order(faults: Iterable[Fault]) -> list[Fault]:
+    """The faults in the file's order, `--set` and the like last, and not too many to be read."""
     # A file's faults carry lines; what has none is an override, or concerns the file as a whole.
-    faults = sorted(dict.fromkeys(faults), key=lambda fault: (not fault.place.line, fault))
-    if len(faults) > MAX_FAULTS:
-        more = Fault(faults[-1].place, "", f"{len(faults) - MAX_FAULTS} more faults are not shown")
-        faults = [*faults[:MAX_FAULTS], more]
-    raise InvalidFile(faults)
+    ordered = sorted(dict.fromkeys(faults), key=lambda fault: (not fault.place.line, fault))
+    if len(ordered) > MAX_FAULTS:
+        more = Fault(ordered[-1].place, "", f"{len(ordered) - MAX_FAULTS} more faults are not shown")
+        ordered = [*ordered[:MAX_FAULTS], more]
+    return ordered
 
 
 def decode(source: bytes, file: str) -> str:
