@@ -37,7 +37,7 @@ def test_faults_of_the_schema_hide_none_of_lifecycle_and_drivers() -> None:
         "f:6:19:",
         "f:7:11:",
         "f:8:29:",
-        "f:9:14:",
+        "f:9:23:",
         "f:9:36:",
     ]
     assert "did you mean `labels`" in faults[0]
