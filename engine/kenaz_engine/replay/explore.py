@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from typing import Final, NamedTuple
 
 from kenaz_engine.lifecycle.machine import Table
@@ -25,7 +26,7 @@ from kenaz_engine.lifecycle.model import Arm, Lifecycle, State
 from kenaz_engine.lifecycle.vocabulary import Vocabulary
 from kenaz_engine.replay.laws import Breach
 from kenaz_engine.replay.script import EVERY, WORK, Cue, Script, point
-from kenaz_engine.replay.stage import Stage
+from kenaz_engine.replay.stage import Part, Played, Stage
 from kenaz_engine.replay.world import Reached
 from kenaz_engine.session.vocabulary import VOCABULARY
 
@@ -34,6 +35,9 @@ DELAY: Final = 0.03
 
 INTO: Final = 5.0
 """Seconds into the work of a goal at which a nominal world ends it."""
+
+BATCH: Final = 16
+"""Sessions that a process plays before it says how they went."""
 
 ORDERS: Final = ("both", "usual", "opposite")
 
@@ -356,8 +360,16 @@ class _Explorer:
 # --- playing ------------------------------------------------------------------------------------------------
 
 
-def _ran(stage: Stage, job: _Job) -> _Ran:
-    played = stage.play(job.script, watched=job.watched, after=job.fault)
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    return (jobs[start : start + BATCH] for start in range(0, len(jobs), BATCH))
+
+
+def _play_batch(stage: Stage, jobs: list[_Job]) -> list[_Ran]:
+    played = stage.play_all(Part(job.script, job.watched, job.fault) for job in jobs)
+    return list(map(_ran, jobs, played))
+
+
+def _ran(job: _Job, played: Played) -> _Ran:
     decisions = [record for record in played.records if record["kind"] == "decision"]
     left = ", ".join(entry.resource for entry in played.outcome.left)
     return _Ran(
@@ -392,9 +404,9 @@ def _start(lifecycle: Lifecycle, vocabulary: Vocabulary) -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def _play(job: _Job) -> _Ran:
+def _play(jobs: list[_Job]) -> list[_Ran]:
     assert _stage is not None
-    return _ran(_stage, job)
+    return _play_batch(_stage, jobs)
 
 
 def _processors() -> int:
@@ -405,9 +417,9 @@ def _processors() -> int:
 @contextmanager
 def _players(stage: Stage, processes: int) -> Iterator[_Players]:
     if processes == 1:
-        yield lambda jobs: map(partial(_ran, stage), jobs)
+        yield lambda jobs: chain.from_iterable(map(partial(_play_batch, stage), _batches(jobs)))
         return
     # Nothing of ours runs in threads before the pool is there, which makes forking safe; elsewhere it is not.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(processes, _start, (stage.lifecycle, stage.vocabulary)) as pool:
-        yield lambda jobs: pool.imap(_play, jobs, chunksize=16)
+        yield lambda jobs: chain.from_iterable(pool.imap(_play, _batches(jobs)))

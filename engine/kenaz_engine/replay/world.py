@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 import trio
-import trio.testing
 
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.vocabulary import Activity
@@ -138,13 +137,8 @@ class World:
             jitter=lambda: 0.5,
         )
 
-    def play(self) -> Outcome:
-        """Runs the session to its end, in a trio of its own."""
-        trio.run(self._main, clock=trio.testing.MockClock(autojump_threshold=0))
-        assert self.runner.outcome is not None
-        return self.runner.outcome
-
-    async def _main(self) -> None:
+    async def play(self) -> Outcome:
+        """Runs the session to its end, on a clock that begins at 0 and jumps to the next deadline."""
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._horizon)
             for cue in self._script.cues:
@@ -153,6 +147,8 @@ class World:
             with trio.CancelScope() as self._scope:
                 await self.runner.run()
             self._nursery.cancel_scope.cancel()
+        assert self.runner.outcome is not None
+        return self.runner.outcome
 
     async def _horizon(self) -> None:
         await trio.sleep(HORIZON)
