@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,9 @@ class World:
     another. `spec` is the session's file, hello.yaml unless given; `stdin` is fed to `run`.
     """
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, runtime: Path) -> None:
         self.state = base / "s"
-        self.runtime = base / "r"
-        self.runtime.mkdir(mode=0o700)
+        self.runtime = runtime
         self.environment = {
             **os.environ,
             "KENAZ_STATE_DIR": str(self.state),
@@ -126,9 +126,11 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     """Where sessions are run; after the test nothing may be left of them."""
-    world = World(tmp_path)
-    yield world
-    assert world.left() == []
+    # Short, for a socket's path is: pytest's own directories are longer where tests share the cores.
+    with tempfile.TemporaryDirectory(prefix="kz-") as runtime:
+        world = World(tmp_path, Path(runtime))
+        yield world
+        assert world.left() == []
 
 
 @pytest.fixture(scope="session")

@@ -2,123 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-HELLO = str(ROOT / "specs/sessions/hello.yaml")
-LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
 BOUND = 60
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-
-
-class World:
-    """A state directory of its own, and a look at what is on this host besides."""
-
-    def __init__(self, base: Path) -> None:
-        self.state = base / "s"
-        self.runtime = base / "r"
-        self.runtime.mkdir(mode=0o700)
-        self.environment = {
-            **os.environ,
-            "KENAZ_STATE_DIR": str(self.state),
-            "XDG_RUNTIME_DIR": str(self.runtime),
-            "NO_COLOR": "1",
-        }
-
-    def command(self, *words: str, **options: str) -> list[str]:
-        spec = {"driver": "process", **options}
-        overrides = [word for name, value in spec.items() for word in ("--set", f"spec.{name}={value}")]
-        return [LAUNCHER, "run", HELLO, *overrides, *words]
-
-    def run(self, *words: str, behaviour: str = "", **options: str) -> subprocess.CompletedProcess[str]:
-        extra = {"workbench.args": json.dumps([behaviour])} if behaviour else {}
-        return subprocess.run(
-            self.command(*words, **extra, **options),
-            capture_output=True,
-            text=True,
-            timeout=BOUND,
-            env=self.environment,
-            check=False,
-        )
-
-    def start(self, *words: str, behaviour: str, **options: str) -> subprocess.Popen[str]:
-        options = {"workbench.args": json.dumps([behaviour]), **options}
-        return subprocess.Popen(
-            self.command(*words, **options),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-        )
-
-    def left(self) -> list[str]:
-        """All that is still there: processes, sockets of the kernel, files other than the record."""
-        kept = {"journal.jsonl", "console.log", ".creating"}
-        roots = (self.state, self.runtime)
-        files = [str(p) for root in roots for p in root.rglob("*") if p.is_file() or p.is_socket()]
-        found = [name for name in files if Path(name).name not in kept]
-        found += [str(p) for p in self.runtime.glob("kenaz/*")]
-        marks = [str(root).encode() for root in roots]
-        sockets = Path("/proc/net/unix").read_bytes().splitlines()
-        found += [line.decode() for line in sockets if any(mark in line for mark in marks)]
-        for process in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = process.read_bytes()
-            except OSError:
-                continue
-            if any(mark in words for mark in marks):
-                found.append(words.decode("utf-8", "replace"))
-        return found
-
-    def records(self, session: str) -> list[dict[str, Any]]:
-        text = (self.state / "sessions" / session / "journal.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    def path(self, session: str) -> list[str]:
-        return [record["state"] for record in self.records(session) if record["kind"] == "entered"]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    assert world.left() == []
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def in_state(world: World, session: str, state: str) -> Callable[[], bool]:
-    def holds() -> bool:
-        try:
-            return state in world.path(session)
-        except (OSError, ValueError):
-            return False
-
-    return holds
 
 
 WAY_UP = ["resolving", "allocating", "booting", "connecting"]
 WAY_DOWN = ["draining", "stopping", "releasing"]
 
 
-def test_a_session_goes_the_graceful_way_and_leaves_nothing(world: World) -> None:
+def test_a_session_goes_the_graceful_way_and_leaves_nothing(world: Any) -> None:
     done = world.run("--session-id", "s1")
     assert (done.returncode, done.stderr) == (0, "")
     assert world.path("s1") == [*WAY_UP, "running", *WAY_DOWN]
@@ -126,7 +29,7 @@ def test_a_session_goes_the_graceful_way_and_leaves_nothing(world: World) -> Non
     assert done.stdout.endswith("  nothing left behind\n")
 
 
-def test_a_quick_bye_is_heard_by_the_state_that_serves(world: World) -> None:
+def test_a_quick_bye_is_heard_by_the_state_that_serves(world: Any) -> None:
     done = world.run("--session-id", "s1", behaviour="bye")
     assert done.returncode == 0
     assert world.path("s1") == [*WAY_UP, "running", "stopping", "releasing"]
@@ -140,7 +43,7 @@ def test_a_quick_bye_is_heard_by_the_state_that_serves(world: World) -> None:
         ("emergency", "kenaz: emergency: asked for"),
     ],
 )
-def test_a_guest_that_fails_is_told_in_one_line(world: World, behaviour: str, says: str) -> None:
+def test_a_guest_that_fails_is_told_in_one_line(world: Any, behaviour: str, says: str) -> None:
     done = world.run(behaviour=behaviour)
     assert done.returncode == 1
     [line] = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
@@ -148,14 +51,14 @@ def test_a_guest_that_fails_is_told_in_one_line(world: World, behaviour: str, sa
     assert "nothing left behind" in done.stdout
 
 
-def test_a_guest_that_never_dials_ends_by_the_timeout(world: World) -> None:
+def test_a_guest_that_never_dials_ends_by_the_timeout(world: Any) -> None:
     done = world.run("--session-id", "s1", behaviour="mute", **{"timeouts.connecting": "500ms"})
     assert done.returncode == 1
     assert world.path("s1") == [*WAY_UP, "killing", "releasing"]
     assert "failed: guest did not dial in time" in done.stdout
 
 
-def test_a_guest_that_hangs_is_killed(world: World) -> None:
+def test_a_guest_that_hangs_is_killed(world: Any) -> None:
     quick = {"timeouts.draining": "200ms", "timeouts.stopping": "200ms"}
     done = world.run("--session-id", "s1", behaviour="hang", **quick)
     assert done.returncode == 0
@@ -163,16 +66,16 @@ def test_a_guest_that_hangs_is_killed(world: World) -> None:
     assert "! guest did not power off" in done.stdout
 
 
-def test_a_flooded_console_is_bounded(world: World) -> None:
+def test_a_flooded_console_is_bounded(world: Any) -> None:
     done = world.run("--session-id", "s1", behaviour="flood")
     assert done.returncode == 0
     assert (world.state / "sessions/s1/console.log").stat().st_size < 1_200_000
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_ends_a_session_gracefully(world: World, number: signal.Signals) -> None:
+def test_one_signal_ends_a_session_gracefully(world: Any, number: signal.Signals) -> None:
     running = world.start("--session-id", "s1", behaviour="mute")
-    until(in_state(world, "s1", "connecting"))
+    world.wait_for("s1", "connecting")
     running.send_signal(number)
     out, _ = running.communicate(timeout=BOUND)
     assert running.returncode == 130
@@ -180,20 +83,20 @@ def test_one_signal_ends_a_session_gracefully(world: World, number: signal.Signa
     assert "interrupted: end; once more to abort" in out
 
 
-def test_two_signals_abort(world: World) -> None:
+def test_two_signals_abort(world: Any) -> None:
     running = world.start("--session-id", "s1", "--set", "spec.timeouts.draining=60s", behaviour="hang")
-    until(in_state(world, "s1", "draining"))
+    world.wait_for("s1", "draining")
     running.send_signal(signal.SIGINT)
-    until(lambda: any(r.get("data", {}).get("by") == "signal" for r in world.records("s1")))
+    world.until(lambda: any(r.get("data", {}).get("by") == "signal" for r in world.records("s1")))
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=BOUND)
     assert running.returncode == 130
     assert world.path("s1")[-2:] == ["killing", "releasing"]
 
 
-def test_the_id_of_a_living_session_is_refused_and_of_an_ended_one_reused(world: World) -> None:
+def test_the_id_of_a_living_session_is_refused_and_of_an_ended_one_reused(world: Any) -> None:
     running = world.start("--session-id", "s1", behaviour="mute")
-    until(in_state(world, "s1", "connecting"))
+    world.wait_for("s1", "connecting")
     refused = world.run("--session-id", "s1")
     assert refused.returncode == 3
     assert refused.stderr.startswith("kenaz-launcher: a living session has the id 's1'")
@@ -204,7 +107,7 @@ def test_the_id_of_a_living_session_is_refused_and_of_an_ended_one_reused(world:
     assert sorted(p.name for p in (world.state / "sessions").glob("s1*")) == ["s1", "s1~1"]
 
 
-def test_a_long_state_directory_has_its_sockets_elsewhere(world: World) -> None:
+def test_a_long_state_directory_has_its_sockets_elsewhere(world: Any) -> None:
     world.state = world.state / ("a" * 110)
     world.environment["KENAZ_STATE_DIR"] = str(world.state)
     done = world.run("--session-id", "s1")
@@ -218,7 +121,7 @@ def test_a_long_state_directory_has_its_sockets_elsewhere(world: World) -> None:
     assert refused.stderr.count("\n") == 1
 
 
-def test_a_reader_that_goes_does_not_take_the_session_with_it(world: World) -> None:
+def test_a_reader_that_goes_does_not_take_the_session_with_it(world: Any) -> None:
     with world.start("--session-id", "s1", "--json", behaviour="mute") as running:
         assert running.stdout is not None
         running.stdout.readline()
@@ -245,7 +148,7 @@ exit $code
     ("filled", "code", "says"),
     [(64, 3, "cannot be made"), (44, 1, "its record is incomplete"), (52, 1, "No space left on device")],
 )
-def test_a_full_disk_ends_a_session_by_a_clear_line(world: World, filled: int, code: int, says: str) -> None:
+def test_a_full_disk_ends_a_session_by_a_clear_line(world: Any, filled: int, code: int, says: str) -> None:
     world.state.mkdir()
     inner = [str(world.state), str(filled), *world.command()]
     done = subprocess.run(
