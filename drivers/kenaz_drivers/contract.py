@@ -2,7 +2,7 @@
 
 A driver knows how one platform runs a machine. It decides nothing about a session: the lifecycle does.
 Its life in a session is: `probe` (look at the host), `plan` (pure), `launch` (make the machine), and
-`release` (from any process, with nothing but the handle that `launch` gave).
+`release` (from any process, with nothing but the handle that `launch` gave, or the mark that it was given).
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ JsonObject = Mapping[str, Any]
 
 VIRTIO_SERIAL_PORT = "dev.kenaz.channel"
 """Name of the virtio-serial port that carries the channel: `/dev/virtio-ports/<name>` in the guest."""
+
+MARK = "KENAZ_MARK"
+"""The environment variable that holds `LaunchRequest.mark`, for all children of a session."""
 
 
 class DriverError(Exception):
@@ -86,7 +89,8 @@ class LaunchRequest:
     `channel` is the path of the UNIX socket on which the launcher listens (empty for AF_VSOCK, where `cid`
     and `port` say where the guest will dial from and to). `runtime` is a short directory for sockets of the
     driver's own; `directory` is the session's state directory. `agent` is the command that *is* the guest
-    for drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `unix`.
+    for drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `unix`. `mark` is a name
+    that nothing else ever has: whatever `launch` makes must be found by it, also when nobody saw it made.
     """
 
     session: str
@@ -106,6 +110,7 @@ class LaunchRequest:
     network: str = "none"
     cid: int | None = None
     agent: tuple[str, ...] = ()
+    mark: str = ""
     options: JsonObject = field(default_factory=dict)
 
 
@@ -140,31 +145,25 @@ class Machine(Protocol):
 
     @property
     def handle(self) -> JsonObject:
-        """Enough for `Driver.release` in another process; safe against reuse (pid *and* start time, ...)."""
-        ...
+        """Enough for `Driver.release` in another process, and safe against reuse (pid *and* start time)."""
 
     async def ready(self) -> None:
         """Returns when the hypervisor has set the machine up and the guest runs.
 
         Raises DriverError, with the log, when the machine died before that.
         """
-        ...
 
     async def wait(self) -> Exit:
         """Returns when the machine is gone. May be called often, also by several tasks."""
-        ...
 
     async def powerdown(self) -> None:
         """Presses the power button; returns at once. Raises DriverError when the button cannot be pressed."""
-        ...
 
     async def kill(self) -> None:
         """Cuts the power. Idempotent; when it returns, the machine is gone."""
-        ...
 
     def console(self) -> AsyncIterator[bytes]:
         """What the guest prints, as it comes, until the machine is gone. To be read once, and always."""
-        ...
 
 
 class Driver(Protocol):
@@ -176,11 +175,9 @@ class Driver(Protocol):
 
     async def probe(self, arch: str, options: JsonObject) -> Capabilities:
         """Looks at the host; makes nothing that outlives the call. Bounded to a few seconds."""
-        ...
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Pure and stable: the same request gives the same plan. Raises DriverError for what it cannot do."""
-        ...
 
     def launch(
         self, plan: LaunchPlan, descriptors: Mapping[str, int]
@@ -191,8 +188,10 @@ class Driver(Protocol):
         closes its own copies. Leaving the context kills what still runs, reaps it, and takes a few seconds
         at the most.
         """
-        ...
 
     async def release(self, handle: JsonObject) -> None:
-        """Ends the machine of that handle, if it still exists. Idempotent; never touches what is not ours."""
-        ...
+        """Ends the machine of that handle, with all that came of it, if any of it still exists.
+
+        Idempotent; never touches what is not ours. `{"mark": ...}` is the handle of a launch whose end nobody
+        saw. Raises DriverError when something is still there.
+        """

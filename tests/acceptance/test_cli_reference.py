@@ -34,7 +34,7 @@ def row(action: argparse.Action) -> str:
     value = ""
     if action.nargs != 0:
         value = str(action.metavar or "\\|".join(action.choices or ()))
-        value = f"[{value}]" if action.nargs == "?" else f"{value}..." if action.nargs == "+" else value
+        value = {"?": f"[{value}]", "+": f"{value}...", "*": f"[{value}...]"}.get(str(action.nargs), value)
     words = " ".join(part for part in (", ".join(action.option_strings), value) if part)
     return f"| `{words}` | {action.help} |"
 

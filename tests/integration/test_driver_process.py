@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from kenaz_drivers._common.process import is_alive
+from kenaz_drivers._common.identity import is_alive
 from kenaz_drivers.contract import Disk, DriverError, LaunchRequest
 from kenaz_drivers.process.driver import ProcessDriver, describe_exit
 from kenaz_drivers.qemu import probe

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from kenaz_drivers._common.process import is_alive
+from kenaz_drivers._common.identity import is_alive
 from kenaz_drivers.contract import Disk, DriverError, LaunchRequest
 from kenaz_drivers.qemu import driver as driver_module
 from kenaz_drivers.qemu.driver import QemuDriver

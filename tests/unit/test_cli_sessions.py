@@ -124,19 +124,23 @@ def test_ps_tells_the_living_from_the_dead(
     monkeypatch.setattr("kenaz_engine.cli.ps.time.time", lambda: STARTED + 190)
     alive = sessions.put("alive", *RECORDS[:2], alive=True)
     dead = sessions.put("dead", *RECORDS[:9])
-    ended = sessions.put("done", *RECORDS, FAILED)
+    ended = sessions.put("done", *RECORDS, ("end", {**FAILED[1], "left": []}))
+    sessions.put("part", *RECORDS, FAILED)
     empty = sessions.put("empty")
     (sessions.home / "sessions" / ".creating").touch()
     assert main(["ps"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [
+        line.replace("dead, to be reaped", "dead").split() for line in capsys.readouterr().out.splitlines()
+    ]
     assert rows[1:] == [
         ["alive", "running", "booting", "qemu", "3m10s", f"{alive}/journal.jsonl"],
         ["dead", "dead", "killing", "qemu", "3m10s", f"{dead}/journal.jsonl"],
         ["empty", "dead", "-", "-", "-", f"{empty}/journal.jsonl"],
+        ["part", "dead", "killing", "qemu", "3m10s", f"{sessions.home}/sessions/part/journal.jsonl"],
     ]
     assert main(["ps", "--all", "--json"]) == 0
     listed = {session["id"]: session for session in json.loads(capsys.readouterr().out)}
-    assert list(listed) == ["alive", "dead", "done", "empty"]
+    assert list(listed) == ["alive", "dead", "done", "empty", "part"]
     assert listed["done"] == {
         "id": "done",
         "status": "ended",
@@ -339,7 +343,11 @@ def test_end_asks_the_session(sessions: Sessions, capsys: Capture, option: list[
         (ENDED, 0, "s: succeeded\n"),
         (FAILED, 0, "s: failed: VM did not start\n"),
         (("end", {"state": "ended", "success": False}), 0, "s: failed: something was left behind\n"),
-        (None, 1, "session s is dead: its launcher is gone (`kenaz-launcher logs s` shows how far it came)"),
+        (
+            None,
+            1,
+            "session s is dead: its launcher is gone (`kenaz-launcher reap s` gives back what it held)",
+        ),
     ],
 )
 def test_end_waits_for_the_end(

@@ -13,15 +13,9 @@ import trio
 
 from kenaz_drivers._common import guard
 from kenaz_drivers._common import process as module
-from kenaz_drivers._common.process import (
-    GUARD,
-    boot_id,
-    capture,
-    identify,
-    is_alive,
-    spawn,
-    terminate,
-)
+from kenaz_drivers._common.identity import boot_id, identify, is_alive
+from kenaz_drivers._common.process import GUARD, capture, spawn
+from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import DriverError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -65,7 +65,7 @@ def test_what_others_may_have_to_act_on_is_durable(path: Path, monkeypatch: pyte
     for kind in sorted(KINDS):
         journal.append(kind, {})
     journal.close()
-    assert set(synced) == DURABLE == {"header", "intent", "acquired", "released", "end"}
+    assert set(synced) == DURABLE == {"header", "intent", "acquired", "released", "end", "reap"}
 
 
 def test_a_short_write_is_finished(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

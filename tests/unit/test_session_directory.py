@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from kenaz_engine.session.directory import (
     DirectoryError,
     all_sessions,
     create_directory,
+    finished,
     is_alive,
     make_socket_directory,
     runtime_home,
@@ -65,12 +68,51 @@ async def test_a_session_has_its_directory_for_itself(home: Path) -> None:
     assert not is_alive(home / "s1")
 
 
-async def test_what_was_there_before_is_set_aside(home: Path) -> None:
+def ended(number: int, **fields: object) -> str:
+    return json.dumps({"kind": "end", "number": number, **fields}) + "\n"
+
+
+async def test_what_has_ended_is_set_aside(home: Path) -> None:
     for number in range(3):
         directory = await create_directory("s1")
-        directory.journal.write_text(f"{number}")
+        directory.journal.write_text(ended(number))
         directory.close()
-    assert [(home / name / "journal.jsonl").read_text() for name in ("s1~1", "s1~2", "s1")] == ["0", "1", "2"]
+    found = [json.loads((home / name / "journal.jsonl").read_text()) for name in ("s1~1", "s1~2", "s1")]
+    assert [record["number"] for record in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "journal", ["", "{}\n", ended(0)[:-1], ended(0, left=[{"id": 1}]), "nonsense\n", "[]\n", None]
+)
+async def test_what_may_hold_something_keeps_its_place(home: Path, journal: str | None) -> None:
+    """Set aside, what it holds could not be found by the paths that its journal has."""
+    directory = await create_directory("s1")
+    if journal is not None:
+        directory.journal.write_text(journal)
+    directory.close()
+    with pytest.raises(DirectoryError, match="a dead session has the id 's1', and is not reaped") as caught:
+        await create_directory("s1")
+    assert "kenaz-launcher reap s1" in caught.value.hint
+    assert [path.name for path in home.glob("s1*")] == ["s1"]
+
+
+async def test_a_lock_that_nobody_holds_is_a_sign_of_death(home: Path) -> None:
+    directory = await create_directory("s1")
+    directory.journal.write_text(ended(0))
+    assert not finished(directory.path)
+    directory.lock.close()
+    assert not finished(directory.path)
+    (directory.path / "lock").unlink()
+    assert finished(directory.path)
+
+
+async def test_who_looks_does_not_hinder_who_looks(home: Path) -> None:
+    directory = await create_directory("s1")
+    directory.lock.close()
+    with (directory.path / "lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not is_alive(directory.path)
+        assert try_lock(directory.path / "lock") is None
 
 
 async def test_what_could_not_begin_is_discarded_unless_it_holds_a_socket(home: Path) -> None:
@@ -128,7 +170,7 @@ async def test_what_is_seen_follows_from_lock_and_journal(home: Path) -> None:
     (home / "s0").mkdir()
     (home / "s0/journal.jsonl").write_text("no journal\n")
     assert [(seen.id, seen.status, seen.recording) for seen in all_sessions()] == [
-        ("s0", "dead", None),
+        ("s0", "damaged", None),
         ("s1", "dead", None),
     ]
 
@@ -152,6 +194,24 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_lock_on_a_file_that_was_removed_since_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kenaz_engine.session import locks
+
+    path, lock_it = tmp_path / "lock", locks._try_lock
+
+    def late(file: int, **how: bool) -> bool:
+        path.unlink()  # its holder has ended in between, and somebody else begins
+        path.touch()
+        return lock_it(file, **how)
+
+    monkeypatch.setattr(locks, "_try_lock", late)
+    assert try_lock(path) is None
+    monkeypatch.undo()
+    assert try_lock(path) is not None
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from kenaz_engine.session.locks import try_lock;"
@@ -173,7 +233,7 @@ def test_where_locks_do_not_work_nothing_stays_open(tmp_path: Path, monkeypatch:
 
     opened: list[int] = []
 
-    def broken(file: int) -> bool:
+    def broken(file: int, **how: bool) -> bool:
         opened.append(file)
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -19,7 +19,7 @@ from kenaz_engine.session.guest import (
     launch_request,
 )
 
-LAYOUT = Layout(Path("/state/s1"), Path("/run/s1"))
+LAYOUT = Layout(Path("/state/s1"), Path("/run/s1"), "s1-0123")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ async def test_sockets_go_elsewhere_where_the_path_is_long(
 @pytest.mark.parametrize(
     ("part", "fails", "says"),
     [
-        ("Journal", full, "the journal {}/journal.jsonl cannot be made: No space left on device"),
+        ("open_journal", full, "the journal {}/journal.jsonl cannot be made: No space left on device"),
         ("listen_unix", full, "the control socket {}/control.sock cannot be made: No space left on device"),
     ],
 )
@@ -112,7 +112,7 @@ async def test_a_journal_that_fails_at_the_begin_is_one_line(
                 full()
             return super().append(wanted, fields)
 
-    monkeypatch.setattr(launch, "Journal", Full)
+    monkeypatch.setattr(launch, "open_journal", Full)
     prepared = await whole.prepare()
     lost = "the journal could not be written: No space left on device"
     if not says:

@@ -294,4 +294,4 @@ class TestRelease:
 
         with pytest.raises(OSError, match="no"):
             await one.ledger.acquire("disk", "mystery", {}, make)
-        assert [x.error for x in one.ledger.left()] == ["'mystery'"]
+        assert [x.error for x in one.ledger.left()] == ["is a mystery, which this version cannot give back"]

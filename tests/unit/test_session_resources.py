@@ -12,6 +12,7 @@ from kenaz_engine.journal.writer import Journal
 from kenaz_engine.session.ledger import Left
 from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.resources import (
+    BY_HANDLE,
     BY_INTENT,
     file_handle,
     is_same,
@@ -49,18 +50,31 @@ async def test_a_directory_is_given_back_with_all_that_is_in_it(tmp_path: Path) 
         file_handle(path)
 
 
-@pytest.mark.parametrize(
-    "kind", ["file", "socket", "directory", "machine", "stream", "cid", "image-reference"]
-)
-async def test_every_kind_can_be_given_back_by_its_intent_alone_and_twice(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["file", "socket", "directory", "stream", "cid", "image-reference"])
+async def test_every_kind_can_be_given_back_by_intent_or_handle_alone_and_twice(
+    tmp_path: Path, kind: str
+) -> None:
     path = tmp_path / "thing"
-    if kind == "directory":
-        (path / "inner").mkdir(parents=True)
-    elif kind in ("file", "socket"):
-        path.touch()
-    for _ in range(2):
-        await BY_INTENT[kind]({"path": str(path)})
-        assert not path.exists()
+    for ways in (BY_INTENT, BY_HANDLE):
+        if kind == "directory":
+            (path / "inner").mkdir(parents=True)
+        else:
+            path.touch()
+        handle = file_handle(path)
+        for _ in range(2):
+            await ways[kind](handle)
+        assert path.exists() == (kind not in ("file", "socket", "directory"))
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+async def test_by_its_handle_another_thing_of_that_path_is_not_given_back(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "thing"
+    (path.mkdir if kind == "directory" else path.touch)()
+    handle = file_handle(path)
+    path.rename(tmp_path / "first")  # or its inode might be used again
+    (path.mkdir if kind == "directory" else path.touch)()
+    await BY_HANDLE[kind](handle)
+    assert path.exists()
 
 
 def test_a_reference_keeps_the_image_open(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive the launcher, and processes known only by their handle.
+"""Child processes that cannot outlive the launcher.
 
 trio's own `open_process` starts children from a worker thread. The kernel's parent-death signal is sent when
 the *thread* that forked ends, and trio ends an idle worker after ten seconds; so children are started here,
@@ -19,112 +19,24 @@ from typing import IO
 
 import trio
 
-from kenaz_drivers.contract import DriverError, JsonObject
+from kenaz_drivers._common.identity import identify
+from kenaz_drivers._common.terminate import undead
+from kenaz_drivers.contract import MARK, DriverError, JsonObject
 
 GUARD = Path(__file__).with_name("guard.py")
 
-_POLL = 0.05  # seconds between looks at a process that cannot be waited for
 _Stdio = int | IO[bytes]
-
-
-def boot_id() -> str:
-    """Names this boot of the machine; empty where the platform does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process; empty strings when there is none (proc(5), fields 3, 22)."""
-    if sys.platform == "linux":
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return "", ""
-        fields = text.rpartition(")")[2].split()  # the name in field 2 may hold spaces and parentheses
-        state, started = fields[0], fields[19]
-    elif sys.platform == "win32":
-        state, started = "", ""
-    else:
-        command = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        state, _, started = done.stdout.strip().partition(" ")
-    return state[:1], started.strip()
-
-
-def identify(pid: int) -> dict[str, str | int]:
-    """The handle of a running process: its pid, and what tells it from a later one of the same pid."""
-    return {"pid": pid, "start_time": _stat(pid)[1], "boot_id": boot_id()}
-
-
-def is_alive(handle: JsonObject) -> bool:
-    """Whether the very process of that handle still runs. A zombie does not."""
-    if handle.get("boot_id", "") != boot_id():
-        return False
-    state, started = _stat(int(handle["pid"]))
-    return bool(started) and started == handle.get("start_time") and state not in {"Z", "X"}
-
-
-async def terminate(handle: JsonObject, *, deadline: float = 5.0) -> None:
-    """Kills the process of that handle, with the group that it leads, from whatever process we are.
-
-    Returns when it is gone, at once when it was gone already. A number alone is never signalled: on Linux a
-    pidfd pins the process before its start time is compared. Raises DriverError when it is still there after
-    `deadline` seconds.
-    """
-    pid = int(handle["pid"])
-    with trio.move_on_after(deadline):
-        if sys.platform == "linux":
-            await _terminate_by_pidfd(pid, handle)
-        elif sys.platform == "win32":
-            raise DriverError(f"process {pid} cannot be told from a later one here", hint="end it by hand")
-        else:
-            while is_alive(handle):
-                os.kill(pid, signal.SIGKILL)
-                await trio.sleep(_POLL)
-    if is_alive(handle):
-        raise _undead(pid)
-
-
-if sys.platform == "linux":
-
-    async def _terminate_by_pidfd(pid: int, handle: JsonObject) -> None:
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            if is_alive(handle):
-                # Frozen, it cannot exit, so that its number still names its group in the next lines.
-                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-                if os.getpgid(pid) == pid:
-                    os.killpg(pid, signal.SIGKILL)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                await trio.lowlevel.wait_readable(pidfd)
-        except ProcessLookupError:
-            return
-        except PermissionError as error:
-            raise DriverError(f"process {pid} belongs to another user", hint="end it as that user") from error
-        finally:
-            os.close(pidfd)
-
-
-def _undead(pid: int) -> DriverError:
-    return DriverError(
-        f"process {pid} does not die", hint="it is probably waiting for a device: `ps -o stat,wchan` tells"
-    )
 
 
 class ChildProcess:
     """A child of ours, leader of its own process group. It must be waited for."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int | None) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], pidfd: int | None, mark: str = "") -> None:
         self._popen = popen
         self._pidfd = pidfd
         self._waiting = trio.Lock()
         self._ended = False
-        self.handle: JsonObject = identify(popen.pid)
+        self.handle: JsonObject = identify(popen.pid) | ({"mark": mark} if mark else {})
 
     @property
     def pid(self) -> int:
@@ -175,7 +87,7 @@ class ChildProcess:
             self.kill_group()
             with trio.move_on_after(limit):
                 return await self.wait()
-        raise _undead(self.pid)
+        raise undead(self.pid)
 
 
 if sys.platform == "win32":
@@ -206,8 +118,9 @@ def spawn(
     """Starts a program in a session of its own, tied to the calling thread's life where the platform can.
 
     `descriptors` maps the numbers that the program shall see to open descriptors of ours. `limits` are
-    resource limits by lower-case name (`core`, `data`). Raises DriverError when no process can be made; a
-    program that cannot be executed shows as exit code 127 with the reason on its stderr.
+    resource limits by lower-case name (`core`, `data`). A MARK in `env` goes into the handle. Raises
+    DriverError when no process can be made; a program that cannot be executed shows as exit code 127 with the
+    reason on its stderr.
     """
     wanted = dict(descriptors or {})
     if sys.platform == "win32":
@@ -239,7 +152,7 @@ def spawn(
             pidfd = os.pidfd_open(popen.pid)
         except OSError:  # before Linux 5.3, or out of descriptors: wait in a thread
             pidfd = None
-    return ChildProcess(popen, pidfd)
+    return ChildProcess(popen, pidfd, (env or {}).get(MARK, ""))
 
 
 @dataclass(frozen=True, slots=True)

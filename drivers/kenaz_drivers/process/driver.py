@@ -17,8 +17,10 @@ import trio
 
 from kenaz_drivers._common.background import open_background
 from kenaz_drivers._common.output import Console
-from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn, terminate
+from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
+from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import (
+    MARK,
     Capabilities,
     DriverError,
     Exit,
@@ -131,6 +133,7 @@ class ProcessDriver:
             raise DriverError(f"the driver process has no transport {request.transport!r}", hint="unix")
         scratch = next((disk.path for disk in request.disks if disk.role == "root"), request.directory)
         environment = {"HOME": scratch, "LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+        environment |= {MARK: request.mark} if request.mark else {}
         if any("\0" in text for text in (*request.agent, scratch)):
             raise DriverError("a NUL character cannot stand in a command line", hint="rename the file")
         return LaunchPlan(
@@ -169,6 +172,7 @@ class ProcessDriver:
                 with trio.CancelScope(shield=True):
                     try:
                         await child.end((signal.SIGTERM, TERM_GRACE))
+                        await terminate(child.handle)  # what has left the agent's group
                     finally:
                         await console.aclose()
 

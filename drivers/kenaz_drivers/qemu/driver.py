@@ -13,8 +13,17 @@ import trio
 
 from kenaz_drivers._common.background import open_background
 from kenaz_drivers._common.output import Console, LogTail
-from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn, terminate
-from kenaz_drivers.contract import Capabilities, DriverError, Exit, JsonObject, LaunchPlan, LaunchRequest
+from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
+from kenaz_drivers._common.terminate import terminate
+from kenaz_drivers.contract import (
+    MARK,
+    Capabilities,
+    DriverError,
+    Exit,
+    JsonObject,
+    LaunchPlan,
+    LaunchRequest,
+)
 from kenaz_drivers.qemu import probe
 from kenaz_drivers.qemu.argv import Facts, build
 from kenaz_drivers.qemu.qmp import Event, QmpClient, QmpError
@@ -213,8 +222,8 @@ class QemuDriver:
         return LaunchPlan(
             driver=self.name,
             argv=command.argv,
-            # Nothing of ours: a guest that breaks out of QEMU must not find our environment there.
-            environment={"LC_ALL": "C.UTF-8"},
+            # Nothing else of ours: a guest that breaks out of QEMU must not find our environment there.
+            environment={"LC_ALL": "C.UTF-8", **({MARK: request.mark} if request.mark else {})},
             descriptors=command.descriptors,
             notes=((fallback,) if fallback else ()) + command.notes,
         )

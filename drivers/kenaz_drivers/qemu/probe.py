@@ -23,7 +23,8 @@ from typing import Any
 
 import trio
 
-from kenaz_drivers._common.process import boot_id, capture
+from kenaz_drivers._common.identity import boot_id
+from kenaz_drivers._common.process import capture
 from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
 from kenaz_drivers.qemu.argv import Facts
 from kenaz_drivers.qemu.probe_guest import PROBE_GUESTS

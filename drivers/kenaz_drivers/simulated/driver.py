@@ -312,5 +312,5 @@ class SimulatedDriver:
                 del _machines[machine.number]
 
     async def release(self, handle: JsonObject) -> None:
-        if machine := _machines.get(handle["simulated"]):
+        if machine := _machines.get(handle.get("simulated", 0)):
             await machine.kill()

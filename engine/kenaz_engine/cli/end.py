@@ -1,4 +1,4 @@
-"""`kenaz-launcher end`: asks a session to end."""
+"""`kenaz-launcher end`: asks sessions to end."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import trio
 
-from kenaz_engine.cli.failures import FAILED, SUCCESS, CommandError
-from kenaz_engine.cli.sessions import find_directory
+from kenaz_engine.cli.failures import FAILED, SUCCESS, CommandError, complain
+from kenaz_engine.cli.sessions import configure_ids, living_directories
 from kenaz_engine.session.control import ControlError, ask
 from kenaz_engine.session.directory import is_alive, see, socket_directory
 from kenaz_engine.spec.units import format_duration, parse_duration
@@ -21,13 +21,13 @@ _POLL = 0.05
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which session, how hard, and whether to wait for it."""
-    parser.add_argument("id", metavar="ID", help="the session's id, or the beginning of it")
+    """Which sessions, how hard, and whether to wait for them."""
+    configure_ids(parser)
     parser.add_argument("--abort", action="store_true", help="cut it short: do not wait for the guest")
     parser.add_argument(
         "--wait",
         nargs="?",
-        type=_patience,
+        type=patience,
         const=WAIT,
         metavar="SECONDS",
         help=f"return when it has ended, or fail after SECONDS (default: {WAIT:.0f})",
@@ -35,49 +35,78 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Asks over the session's control socket."""
-    directory = find_directory(arguments.id, living=True)
+    """Asks each over its control socket, then waits for all. One that cannot be asked stops no other."""
     command = "abort" if arguments.abort else "end"
+    directories = living_directories(arguments)
+    failed = False
+    asked: list[Path] = []
+    for directory in directories:
+        try:
+            trio.run(ask_to, directory, command)
+        except CommandError as error:
+            failed = True
+            complain(str(error), error.hint)
+        else:
+            asked.append(directory)
+            if arguments.wait is None:
+                print(f"{directory.name}: asked to {command}")
+    if arguments.wait is not None:
+        deadline = time.monotonic() + arguments.wait
+        for directory in asked:
+            try:
+                _await_end(directory, deadline, arguments.wait)
+            except CommandError as error:
+                failed = True
+                complain(str(error), error.hint)
+    return FAILED if failed else SUCCESS
+
+
+async def ask_to(directory: Path, command: str) -> None:
+    """Has the session hear the command. Raises CommandError."""
     if not is_alive(directory):
         raise _not_running(directory)
     try:
-        trio.run(ask, socket_directory(directory) / "control.sock", command)
+        await ask(socket_directory(directory) / "control.sock", command)
     except ControlError as error:
         if not is_alive(directory):
             raise _not_running(directory) from error
-        raise CommandError(f"session {directory.name} cannot be asked to {command}: {error}") from error
-    if arguments.wait is None:
-        print(f"{directory.name}: asked to {command}")
-        return SUCCESS
-    return _await_end(directory, arguments.wait)
+        raise CommandError(
+            f"session {directory.name} cannot be asked to {command}: {error}",
+            f"`kenaz-launcher kill {directory.name}` ends it all the same",
+        ) from error
 
 
-def _await_end(directory: Path, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
+def has_ended(directory: Path, deadline: float) -> bool:
+    """Waits until nobody holds the session's lock, or until `deadline` (time.monotonic)."""
     while is_alive(directory):
         if time.monotonic() >= deadline:
-            raise CommandError(
-                f"session {directory.name} has not ended within {format_duration(seconds)}",
-                f"`kenaz-launcher logs {directory.name}` shows what it waits for; --abort cuts it short",
-            )
+            return False
         time.sleep(_POLL)
+    return True
+
+
+def _await_end(directory: Path, deadline: float, seconds: float) -> None:
+    if not has_ended(directory, deadline):
+        raise CommandError(
+            f"session {directory.name} has not ended within {format_duration(seconds)}",
+            f"`kenaz-launcher logs {directory.name}` shows what it waits for; --abort cuts it short",
+        )
     recording = see(directory).recording
     end = recording.end if recording else None
     if end is None:
         raise _not_running(directory)
     why = end.get("verdict") or end.get("internal") or "something was left behind"
     print(f"{directory.name}: {'succeeded' if end.get('success') else f'failed: {why}'}")
-    return SUCCESS
 
 
 def _not_running(directory: Path) -> CommandError:
-    if see(directory).status == "dead":
-        hint = f"`kenaz-launcher logs {directory.name}` shows how far it came"
+    if see(directory).status in ("dead", "damaged"):
+        hint = f"`kenaz-launcher reap {directory.name}` gives back what it held"
         return CommandError(f"session {directory.name} is dead: its launcher is gone", hint, FAILED)
     return CommandError(f"session {directory.name} has ended already", "", FAILED)
 
 
-def _patience(text: str) -> float:
+def patience(text: str) -> float:
     """Seconds, as a number or a duration."""
     try:
         return float(text) if text.replace(".", "", 1).isdecimal() else parse_duration(text)

@@ -14,6 +14,7 @@ import trio
 from kenaz_engine.cli.output import Paint, plain
 from kenaz_engine.session.launch import Result
 from kenaz_engine.session.prepared import Prepared
+from kenaz_engine.session.reap import Reaped, reaped_data
 from kenaz_engine.session.summary import phases
 
 Record = Mapping[str, Any]
@@ -42,6 +43,10 @@ class Output(Protocol):
 
 class View(Protocol):
     """Who watches a session."""
+
+    def reaped(self, results: Sequence[Reaped]) -> None:
+        """Dead sessions were found, and this came of them."""
+        ...
 
     def begin(self, prepared: Prepared) -> None:
         """The session is prepared and will start now."""
@@ -104,6 +109,10 @@ class JsonLines:
         self._beside = beside
         self._command = _CommandOutput(self._aside)
 
+    def reaped(self, results: Sequence[Reaped]) -> None:
+        """One line."""
+        self._write({"kind": "reaped", "sessions": [reaped_data(result) for result in results]})
+
     def begin(self, prepared: Prepared) -> None:
         """The header record says it all."""
 
@@ -164,6 +173,18 @@ class Live:
         self._said: set[str] = set()
         self._command = _CommandOutput(lambda line: self._line(f"    | {line}"))
         self._hint = self._hint_of_event = ""
+
+    def reaped(self, results: Sequence[Reaped]) -> None:
+        """One line."""
+        clean = [result.id for result in results if result.status == "reaped"]
+        other = [result.id for result in results if result.status != "reaped"]
+        said = [f"gave back what dead sessions held: {_listed(clean)}"] if clean else []
+        said += (
+            [f"dead, but not to be reaped: {_listed(other)} (`kenaz-launcher reap` says why)"]
+            if other
+            else []
+        )
+        self._line(self._paint("; ".join(said), "yellow" if other else "dim"))
 
     def begin(self, prepared: Prepared) -> None:
         """What will be run, and every fall-back."""
@@ -272,3 +293,8 @@ class Live:
         self._out.write(("\r\x1b[K" if self._terminal else "") + text + "\n")
         self._draw()
         self._out.flush()
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

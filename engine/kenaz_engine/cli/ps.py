@@ -13,7 +13,8 @@ from kenaz_engine.cli.output import Paint, ago, columns, plain, print_json, tabl
 from kenaz_engine.session.directory import Seen, all_sessions
 
 _HEADINGS = ("ID", "STATUS", "STATE", "DRIVER", "AGE", "JOURNAL")
-_STYLES = {"running": "green", "dead": "red"}
+_STYLES = {"running": "green", "reaping": "yellow", "dead": "red", "damaged": "red"}
+_SHOWN = {"dead": "dead, to be reaped"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _row(session: Seen, now: float) -> tuple[str, ...]:
     data = session_data(session, now)
     age = "-" if data["age"] is None else ago(data["age"])
-    cells = (data["id"], data["status"], data["state"] or "-", data["driver"] or "-", age, data["journal"])
+    status = _SHOWN.get(session.status, session.status)
+    cells = (data["id"], status, data["state"] or "-", data["driver"] or "-", age, data["journal"])
     return tuple(plain(str(cell)) for cell in cells)
 
 

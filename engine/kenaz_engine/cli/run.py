@@ -19,12 +19,16 @@ from kenaz_engine.session.directory import DirectoryError
 from kenaz_engine.session.launch import Result, Session
 from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.prepare import prepare
+from kenaz_engine.session.reap import sweep
 from kenaz_engine.session.seams import Connect
 from kenaz_engine.spec.files import read
 from kenaz_engine.spec.resolve import ResolvedSession, load_session
 
 if TYPE_CHECKING:
     from kenaz_engine.channel.harness import HarnessLink
+
+REAP_BOUND = 5.0
+"""Seconds that a session may be kept waiting by dead ones."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +62,7 @@ async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int
     prepared = await prepare(resolved)
     out = _Output(sys.stdout)
     view: View = JsonLines(out, sys.stderr) if arguments.json else Live(out)
+    await _reap_others(view)
     view.begin(prepared)
     connect = _connector(arguments.harness, view, prepared.resolved)
     session = Session(prepared, connect, view.output, (view.record,))
@@ -71,6 +76,16 @@ async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int
     if arguments.debug:
         sys.stderr.writelines(result.tracebacks)
     return code
+
+
+async def _reap_others(view: View) -> None:
+    """Gives back what dead sessions of this user hold. What cannot be done now, another time will do."""
+    try:
+        swept = await sweep(bound=REAP_BOUND)
+    except (OSError, DirectoryError):
+        return  # the session itself will say what is wrong with the place
+    if swept.sessions:
+        view.reaped(swept.sessions)
 
 
 async def _watched(session: Session, signals: _Signals, view: View) -> Result:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from pathlib import Path
 
-from kenaz_engine.cli.failures import CommandError
-from kenaz_engine.session.directory import is_alive, state_home
+from kenaz_engine.cli.failures import USAGE, CommandError
+from kenaz_engine.session.directory import is_alive, session_directories, sessions_home
 
 _ASIDE = "~"
 """In the name of a directory that was set aside for a new session of the same id."""
+
+
+def configure_ids(parser: argparse.ArgumentParser) -> None:
+    """Which of the sessions that live."""
+    parser.add_argument("id", metavar="ID", nargs="*", help="a session's id, or the beginning of it")
+    parser.add_argument("--all", action="store_true", help="every session of yours that runs")
+
+
+def living_directories(arguments: argparse.Namespace) -> list[Path]:
+    """What `configure_ids` was given, as directories, each once. With `--all` there may be none.
+
+    Raises CommandError for a word that names none or several, before anything is done to any.
+    """
+    if bool(arguments.id) == arguments.all:
+        raise CommandError("say which sessions, or --all", "`kenaz-launcher ps` lists those that run", USAGE)
+    if arguments.all:
+        return [path for path in session_directories() if is_alive(path)]
+    return list(dict.fromkeys(find_directory(word, living=True) for word in arguments.id))
 
 
 def find_directory(word: str, *, living: bool = False) -> Path:
@@ -17,8 +36,8 @@ def find_directory(word: str, *, living: bool = False) -> Path:
 
     A word that is the beginning of several ids is refused; CommandError lists them.
     """
-    home = state_home() / "sessions"
-    names = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    home = sessions_home()
+    names = [path.name for path in session_directories()]
     if word in names:
         return home / word
     matches = [name for name in names if word and name.startswith(word) and _ASIDE not in name]

@@ -462,6 +462,8 @@ class Command:
             "LANG": "C.UTF-8",
             **agent.settings.environment,
         }
+        if mark := os.environ.get("KENAZ_MARK"):  # where there is no machine, children are found by it
+            variables["KENAZ_MARK"] = mark
         lifeline, self._lifeline = os.pipe()
         self._report, report = os.pipe()
         self._streams = {}

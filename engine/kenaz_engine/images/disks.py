@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import trio
@@ -16,13 +17,15 @@ class DiskError(ImageError):
     """An ephemeral disk cannot be made."""
 
 
-async def create_overlay(path: Path, *, base: Path, base_format: str, size: int) -> None:
+async def create_overlay(
+    path: Path, *, base: Path, base_format: str, size: int, environment: Mapping[str, str] | None = None
+) -> None:
     """Makes a qcow2 overlay of `size` bytes at `path`, over `base`, which is never written to.
 
     `path` must not exist; it is made readable by the owner alone. `base` must be absolute, because qcow2
-    keeps the name as it is given. Raises DiskError, with nothing left at `path`, when `size` is less than
-    that of a raw base, when the disk is full, or when qemu-img is missing or refuses; FileExistsError when
-    `path` exists.
+    keeps the name as it is given. `environment` is added to that of qemu-img. Raises DiskError, with nothing
+    left at `path`, when `size` is less than that of a raw base, when the disk is full, or when qemu-img is
+    missing or refuses; FileExistsError when `path` exists.
     """
     if not base.is_absolute():
         raise ValueError(f"the base of an overlay needs an absolute path, not {base}")
@@ -46,9 +49,10 @@ async def create_overlay(path: Path, *, base: Path, base_format: str, size: int)
         str(path),
         str(size),
     ]
+    variables = {**os.environ, "LC_ALL": "C", **(environment or {})}
     try:
         done = await trio.run_process(
-            command, capture_stdout=True, capture_stderr=True, check=False, env={**os.environ, "LC_ALL": "C"}
+            command, capture_stdout=True, capture_stderr=True, check=False, env=variables
         )
         if done.returncode:
             raise _failure(path, done)

@@ -28,6 +28,12 @@ class Recording:
         return next((r for r in reversed(self.records) if r["kind"] == "end"), None)
 
     @property
+    def being_reaped(self) -> bool:
+        """True when another process has begun to give back what was left, and has not written its `end`."""
+        kinds = (r["kind"] for r in reversed(self.records))
+        return next((kind == "reap" for kind in kinds if kind in ("reap", "end")), False)
+
+    @property
     def state(self) -> str:
         """The state that was entered last, or that the last decision leads to; empty before the first."""
         kinds = ("decision", "entered")

@@ -29,10 +29,11 @@ KINDS = frozenset(
         "channel",
         "note",
         "end",
+        "reap",
     }
 )
 
-DURABLE = frozenset({"header", "intent", "acquired", "released", "end"})
+DURABLE = frozenset({"header", "intent", "acquired", "released", "end", "reap"})
 """Kinds that are on the disk before the launcher goes on: another process may have to act on them."""
 
 GENESIS = hashlib.sha256(b"").hexdigest()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-from kenaz_engine.journal.records import DURABLE, GENESIS, encode
+from kenaz_engine.journal.records import DURABLE, GENESIS, decode_all, encode
+
+KILL = "KENAZ_TEST_KILL"
+"""The environment variable by which a test has the process killed at a record; see `mortal`."""
 
 Clock = Callable[[], float]
 
@@ -22,11 +26,42 @@ class Sink(Protocol):
 
 
 class Journal:
-    """A journal file, 0600, made anew. Close it; the file stays."""
+    """A journal file, 0600, made anew, or gone on with by `resume`. Close it; the file stays."""
 
     def __init__(self, path: Path, *, monotonic: Clock = time.monotonic, wall: Clock = time.time) -> None:
         """Raises FileExistsError when there is one already, OSError when it cannot be made."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
+        self._open(path, os.O_CREAT | os.O_EXCL, monotonic, wall)
+
+    @classmethod
+    def resume(
+        cls, path: Path, *, monotonic: Clock = time.monotonic, wall: Clock = time.time
+    ) -> tuple[Self, list[dict[str, Any]]]:
+        """Goes on with the journal of a launcher that is gone; also returns the records that are in it.
+
+        A torn last line is cut off. `t` goes on by the wall clock, never back: the monotonic clock of another
+        boot says nothing. Raises Damaged, with nothing changed, and OSError.
+        """
+        data = path.read_bytes()
+        records, _ = decode_all(data)
+        whole = data[: data.rfind(b"\n") + 1]
+        journal = cls.__new__(cls)
+        journal._open(path, 0, monotonic, wall)
+        try:
+            if len(whole) < len(data):
+                os.ftruncate(journal._file, len(whole))
+                os.fsync(journal._file)
+        except BaseException:
+            journal.close()
+            raise
+        if records:
+            last = records[-1]
+            journal._seq = len(records)
+            journal._prev = hashlib.sha256(whole[:-1].rpartition(b"\n")[2]).hexdigest()
+            journal._start -= last["t"] + max(0.0, wall() - last["wall"])
+        return journal, records
+
+    def _open(self, path: Path, flags: int, monotonic: Clock, wall: Clock) -> None:
+        flags |= os.O_WRONLY | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         self.path = path
         self._file = os.open(path, flags, 0o600)
         self._monotonic = monotonic
@@ -46,10 +81,15 @@ class Journal:
         }
         line, self._prev = encode(record, self._prev)
         self._seq += 1
-        _write_all(self._file, line)
+        self._write(line)
         if kind in DURABLE:
             os.fsync(self._file)
         return record
+
+    def _write(self, line: bytes) -> None:
+        """A short write (a full disk) is finished or raises; the torn line is the reader's to drop."""
+        while line:
+            line = line[os.write(self._file, line) :]
 
     def close(self) -> None:
         """Closes the file. Idempotent."""
@@ -58,7 +98,19 @@ class Journal:
             self._file = -1
 
 
-def _write_all(file: int, data: bytes) -> None:
-    """A short write (a full disk) is finished or raises; the torn line is the reader's to drop."""
-    while data:
-        data = data[os.write(file, data) :]
+def open_journal(path: Path) -> Journal:
+    """A new journal, of the kind that a test may have asked for. Raises OSError."""
+    return _kind()(path)
+
+
+def resume_journal(path: Path) -> tuple[Journal, list[dict[str, Any]]]:
+    """As `Journal.resume`, of the kind that a test may have asked for."""
+    return _kind().resume(path)
+
+
+def _kind() -> type[Journal]:
+    if KILL not in os.environ:
+        return Journal
+    from kenaz_engine.journal.mortal import MortalJournal
+
+    return MortalJournal

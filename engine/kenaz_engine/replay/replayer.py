@@ -199,7 +199,7 @@ class Replayer:
         self._due: Effect | Decision | None = start.effects[0]
         self._event: Record = {}
         self._defect = ""
-        self._ended = False
+        self._ended = self._reaped = False
         self._last_id = self._records = self._events = 0
         self._entered: dict[int, str] = {}
         self._watch = _Watch()
@@ -216,6 +216,7 @@ class Replayer:
             "acquired": self._take_acquired,
             "released": self._take_released,
             "end": self._take_end,
+            "reap": self._take_reap,
         }
 
     def take(self, record: Record) -> Divergence | None:
@@ -223,8 +224,10 @@ class Replayer:
         kind = record["kind"]
         take = self._take.get(kind)
         try:
-            if self._ended and kind != "note":
+            if self._ended and kind not in ("note", "reap"):
                 return self._misplaced(record, "nothing")
+            if self._reaped and kind not in _REAPERS:
+                return self._misplaced(record, "nothing but what a reaper does")
             found = take(record) if take is not None else self._take_remark(record)
         except MISSHAPEN:
             # The one at fault may be an earlier one, which this one was compared with.
@@ -414,13 +417,14 @@ class Replayer:
 
     def _take_end(self, record: Record) -> Divergence | None:
         due, internal = self._due, record.get("internal", "")
-        if not isinstance(due, Finish) and not internal:
+        if not isinstance(due, Finish) and not internal and not self._reaped:
             return self._misplaced(record, _awaited(due))
         at = self.snapshot
         left = list(reversed(self.held))
+        succeeded = isinstance(due, Finish) and due.success and not internal and not self._reaped
         expected = {
             "state": at.state,
-            "success": isinstance(due, Finish) and due.success and not left and not internal,
+            "success": succeeded and not left,
             "verdict": at.verdict,
             "also": list(at.also),
             "warnings": list(at.warnings),
@@ -437,10 +441,19 @@ class Replayer:
         if got != expected:
             message = "the end is not what the records before it lead to"
             return self._parted(record, "end", message, _differences(got, expected))
-        if isinstance(due, Finish):
+        if isinstance(due, Finish) and not self._reaped:
             self._states.append(due.state)
+        self._reaped = False
         self._ended = True
         self._due = None
+        return None
+
+    def _take_reap(self, record: Record) -> Divergence | None:
+        """Another process took over. What was due, nobody did; an event without decision changed nothing."""
+        if isinstance(self._due, Decision):
+            self.snapshot = self._before
+        self._due = None
+        self._ended, self._reaped = False, True
         return None
 
     # --- time, with another lifecycle -----------------------------------------------------------------------
@@ -551,6 +564,9 @@ class _Watch:
     entered: Record | None = None
     touched: float = field(default=0.0)
 
+
+_REAPERS = frozenset({"reap", "released", "note", "end"})
+"""Kinds of records that a reaper writes."""
 
 _COMMON = 5
 """The fields that every record has."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
+from kenaz_drivers.contract import MARK, DriverError, LaunchPlan, Machine
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
@@ -65,9 +65,6 @@ ALARM_LENGTH = 200
 
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
-
-MACHINE_BOUND = 15.0
-"""Seconds that ending a machine may take at its release: asked, terminated, killed, reaped."""
 
 
 class Activities:
@@ -179,7 +176,13 @@ class Activities:
                 return made_directory(root), None
             image, size = self._image, self._prepared.resolved.machine.disk
             with _naming(root):
-                await create_overlay(root, base=image.root, base_format=image.root_format, size=size)
+                await create_overlay(
+                    root,
+                    base=image.root,
+                    base_format=image.root_format,
+                    size=size,
+                    environment={MARK: self._layout.mark},
+                )
             return made_file(root), None
 
         async def make_config() -> tuple[Made, None]:
@@ -208,7 +211,8 @@ class Activities:
                 self._claim, self._listener = claim, listener
                 return Made({"cid": claim.cid, "port": listener.port}, self._end_claim), None
 
-            await work.ledger.acquire("socket", "cid", {}, make_cid)
+            port = {"port": self._prepared.resolved.channel.port}
+            await work.ledger.acquire("socket", "cid", port, make_cid)
             return
 
         async def make_socket() -> tuple[Made, None]:
@@ -237,8 +241,8 @@ class Activities:
             return Made(machine.handle, self._end_machine), machine
 
         uses = ("disk", "config", "socket")
-        intent = {"driver": plan.driver, "argv": list(plan.argv)}
-        machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses, bound=MACHINE_BOUND)
+        intent = {"driver": plan.driver, "argv": list(plan.argv), "mark": self._layout.mark}
+        machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
         try:
             await machine.ready()
         finally:

@@ -15,24 +15,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
+from kenaz_drivers._common.identity import is_alive as process_is_alive
 from kenaz_engine.channel.transports.unix import SUN_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
-from kenaz_engine.session.locks import Lock, try_lock
+from kenaz_engine.session.locks import Lock, is_locked, try_lock
 
 SOCKETS = ("control.sock", "channel.sock")
 """Names of the sockets that a session may have."""
 
+JOURNAL = "journal.jsonl"
+CONSOLE = "console.log"
+LOCK = "lock"
+
 _OTHERS_BOUND = 5.0
+_TAIL = 1 << 16
 
 
 class DirectoryError(Exception):
@@ -50,6 +59,11 @@ def state_home() -> Path:
     from platformdirs import user_state_path
 
     return user_state_path("kenaz", appauthor=False)
+
+
+def sessions_home() -> Path:
+    """Where the directories of sessions are."""
+    return state_home() / "sessions"
 
 
 def runtime_home() -> Path:
@@ -108,12 +122,12 @@ class SessionDirectory:
     @property
     def journal(self) -> Path:
         """The journal's file."""
-        return self.path / "journal.jsonl"
+        return self.path / JOURNAL
 
     @property
     def console(self) -> Path:
         """The file of what the guest printed."""
-        return self.path / "console.log"
+        return self.path / CONSOLE
 
     def discard(self) -> None:
         """Removes the directory of a session that could not begin, unless it still holds a socket."""
@@ -128,33 +142,64 @@ class SessionDirectory:
 async def create_directory(session: str) -> SessionDirectory:
     """Makes the directory of a new session and locks it.
 
-    A finished or dead session of the same id is set aside as `<id>~<n>`, with its journal. Raises
-    DirectoryError when a living session has the id, or when the directory cannot be made.
+    A finished session of the same id is set aside as `<id>~<n>`, with its journal. Raises DirectoryError when
+    a living session has the id, or a dead one that still holds something, or when the directory cannot be
+    made.
     """
-    home = state_home() / "sessions"
+    home = sessions_home()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        creating = await _wait_lock(home / ".creating")
-        try:
-            path = home / session
+        path = home / session
+        if is_alive(path):
+            await _while_reaped(path)
+        async with creating(home):
             if path.exists():
-                if is_alive(path):
-                    raise DirectoryError(
-                        f"a living session has the id {session!r}",
-                        f"end it by `kenaz-launcher end {session}`, or choose another --session-id",
-                    )
+                _require_free(path)
                 path.rename(_aside(path))
             path.mkdir(mode=0o700)
             # Whoever looks whether it is held, holds it for that moment.
-            lock = await _wait_lock(path / "lock")
-        finally:
-            creating.close()
+            lock = await _wait_lock(path / LOCK)
     except OSError as exc:
         raise DirectoryError(
             f"the state directory {home / session} cannot be made: {exc.strerror or exc}",
             "make room or give access to it, or set KENAZ_STATE_DIR to another directory",
         ) from exc
     return SessionDirectory(session, path, lock)
+
+
+def _require_free(path: Path) -> None:
+    """What a dead session holds is known by its path, so it has to be given back before it is set aside."""
+    if is_alive(path):
+        raise DirectoryError(
+            f"a living session has the id {path.name!r}",
+            f"end it by `kenaz-launcher end {path.name}`, or choose another --session-id",
+        )
+    if not finished(path):
+        raise DirectoryError(
+            f"a dead session has the id {path.name!r}, and is not reaped",
+            f"`kenaz-launcher reap {path.name}` says why; or choose another --session-id",
+        )
+
+
+async def _while_reaped(path: Path) -> None:
+    """Waits, within bounds, while the lock is held by somebody who is not the session's launcher."""
+    deadline = trio.current_time() + _OTHERS_BOUND
+    while is_alive(path) and trio.current_time() < deadline:
+        holder = holder_of(path)
+        if see(path).status == "running" and (holder is None or process_is_alive(holder)):
+            return
+        await trio.sleep(0.02)
+
+
+@asynccontextmanager
+async def creating(home: Path) -> AsyncIterator[None]:
+    """Holds off everybody who makes, sets aside or removes directories of sessions. Raises DirectoryError
+    after some seconds, and OSError."""
+    lock = await _wait_lock(home / ".creating")
+    try:
+        yield
+    finally:
+        lock.close()
 
 
 async def _wait_lock(path: Path) -> Lock:
@@ -176,21 +221,44 @@ def _aside(path: Path) -> Path:
 
 
 def is_alive(path: Path) -> bool:
-    """True while a launcher holds the lock of that session directory."""
-    try:
-        lock = try_lock(path / "lock", create=False)
-    except FileNotFoundError:
+    """True while a launcher, or a reaper, holds the lock of that session directory."""
+    return is_locked(path / "lock")
+
+
+def finished(path: Path) -> bool:
+    """True when the session has ended and holds nothing. Cheap: looks at the journal's last line only."""
+    if (path / LOCK).exists():
         return False
-    if lock is None:
-        return True
-    lock.close()
-    return False
+    try:
+        with (path / JOURNAL).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            last = file.read().rsplit(b"\n", 2)[-2:]
+        record = json.loads(last[0]) if last[-1] == b"" else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("kind") == "end" and not record.get("left")
+
+
+def holder_of(path: Path) -> Mapping[str, Any] | None:
+    """The process that holds the lock of that session, by its journal: who reaps it, else its launcher. None
+    before the first record."""
+    try:
+        recording = read_journal(path / JOURNAL)
+    except (OSError, ValueError):
+        return None
+    kind = "reap" if recording.being_reaped else "header"
+    process = next((r.get("process") for r in reversed(recording.records) if r["kind"] == kind), None)
+    return process if isinstance(process, dict) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A session as it is found on disk. `status` is `running`, `ended`, or `dead`: its launcher is gone and
-    it may have left something."""
+    """A session as it is found on disk; `status` is one of
+
+    `running`: its launcher holds the lock. `reaping`: another process holds it, to give back what it left.
+    `ended`: it gave back all it held. `dead`: its launcher is gone, and it may have left something.
+    `damaged`: so, and its journal cannot be read.
+    """
 
     id: str
     path: Path
@@ -206,18 +274,31 @@ class Seen:
 def see(path: Path) -> Seen:
     """What a session directory shows. A damaged journal is shown as none."""
     alive = is_alive(path)
+    recording, damaged = None, False
     try:
-        recording: Recording | None = read_journal(path / "journal.jsonl")
+        recording = read_journal(path / JOURNAL)
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError):
-        recording = None
-    ended = recording is not None and recording.end is not None
-    return Seen(path.name, path, "running" if alive else "ended" if ended else "dead", recording)
+        damaged = True
+    return Seen(path.name, path, _status(alive, recording, damaged), recording)
+
+
+def _status(alive: bool, recording: Recording | None, damaged: bool) -> str:
+    if alive:
+        return "reaping" if recording is not None and recording.being_reaped else "running"
+    if damaged:
+        return "damaged"
+    end = recording.end if recording is not None and not recording.being_reaped else None
+    return "dead" if end is None or end.get("left") else "ended"
+
+
+def session_directories() -> list[Path]:
+    """The directories of all sessions of this user, by id."""
+    home = sessions_home()
+    return sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
 
 
 def all_sessions() -> Iterator[Seen]:
     """Every session of this user, by id."""
-    home = state_home() / "sessions"
-    if home.is_dir():
-        for path in sorted(home.iterdir()):
-            if path.is_dir():
-                yield see(path)
+    return map(see, session_directories())

@@ -23,10 +23,14 @@ _CONNECTOR = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the things of one session are: `directory` is its own, `sockets` is short enough for sockets."""
+    """Where the things of one session are: `directory` is its own, `sockets` is short enough for sockets.
+
+    `mark` is what its children are found by (`LaunchRequest.mark`).
+    """
 
     directory: Path
     sockets: Path
+    mark: str
 
     @property
     def channel(self) -> Path:
@@ -123,5 +127,6 @@ def launch_request(
         network=resolved.network,
         cid=cid,
         agent=() if image else agent_command(layout, root, config),
+        mark=layout.mark,
         options=resolved.driver_options.get(prepared.driver.name, {}),
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from kenaz_drivers._common.identity import identify
 from kenaz_engine import __version__
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.journal.records import FORMAT
-from kenaz_engine.journal.writer import Journal
+from kenaz_engine.journal.writer import Journal, open_journal
 from kenaz_engine.lifecycle.analysis.bound import SWEEP
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.recorded import lifecycle_fields
@@ -81,7 +84,7 @@ class Session:
         sockets = socket_directory(state_home() / "sessions" / session)
         directory = await create_directory(session)
         try:
-            return await self._run_in(directory, Layout(directory.path, sockets))
+            return await self._run_in(directory, Layout(directory.path, sockets, _mark(session)))
         except DirectoryError:
             directory.discard()
             raise
@@ -92,10 +95,10 @@ class Session:
         journal = _open_journal(directory)
         try:
             recorder = Recorder(journal, self._observers)
-            recorder.append("header", _header(self._prepared))
+            recorder.append("header", _header(self._prepared, layout))
             if recorder.fault:
                 raise DirectoryError(f"{directory.path} cannot be made: {recorder.fault}", _ROOM)
-            ledger = Ledger(recorder, BY_INTENT)
+            ledger = Ledger(recorder, {**BY_INTENT, "machine": self._prepared.driver.release})
             activities = Activities(self._prepared, layout, recorder, self._connect, self._failed, self._show)
             machine = Machine(self._prepared.lifecycle, VOCABULARY)
             self._runner = Runner(machine, activities.table(), ledger, recorder)
@@ -125,9 +128,14 @@ class Session:
         self.request(command, "control")
 
 
+def _mark(session: str) -> str:
+    """What the children of this session are found by, and of no other, ever."""
+    return f"{session}-{secrets.token_hex(8)}"
+
+
 def _open_journal(directory: SessionDirectory) -> Journal:
     try:
-        return Journal(directory.journal)
+        return open_journal(directory.journal)
     except OSError as exc:
         raise _cannot_begin(f"the journal {directory.journal} cannot be made", exc) from exc
 
@@ -158,7 +166,7 @@ def _cannot_begin(what: str, exc: Exception) -> DirectoryError:
     return DirectoryError(f"{what}: {why or exc}", getattr(exc, "hint", "") or _ROOM)
 
 
-def _header(prepared: Prepared) -> dict[str, Any]:
+def _header(prepared: Prepared, layout: Layout) -> dict[str, Any]:
     """What a replay, a reap and a reader need to know of this session."""
     capabilities = prepared.capabilities
     return {
@@ -174,4 +182,7 @@ def _header(prepared: Prepared) -> dict[str, Any]:
         "deadline_scale": capabilities.deadline_scale,
         "transport": prepared.transport,
         "notes": list(prepared.notes),
+        "directory": os.path.realpath(layout.directory),
+        "process": identify(os.getpid()),
+        "mark": layout.mark,
     }

@@ -26,6 +26,13 @@ ACQUIRE_BOUND = 30.0
 """Seconds that making a thing may take; waiting until it is ready is not part of that."""
 
 
+BOUND = 5.0
+"""Seconds that the release of a thing may take, of most kinds."""
+
+BOUNDS: Mapping[str, float] = {"machine": 15.0}
+"""The same, of others. A machine is asked, terminated, killed, reaped."""
+
+
 class AcquireTimeout(Exception):
     """Making a thing took longer than ACQUIRE_BOUND, or was cut short."""
 
@@ -69,10 +76,12 @@ class Ledger:
     """The open entries of one session, oldest first.
 
     `by_intent` releases an entry of each kind from its intent alone: for acts that failed half-way.
+    `by_handle` does so by the handle, for entries that another process made.
     """
 
     sink: Sink
     by_intent: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]]
+    by_handle: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     _last: int = 0
     _shields: list[trio.CancelScope] = field(default_factory=list)
@@ -85,17 +94,19 @@ class Ledger:
         make: Callable[[], Awaitable[tuple[Made, T]]],
         *,
         uses: Iterable[str] = (),
-        bound: float = 5.0,
+        bound: float | None = None,
     ) -> T:
         """Makes a thing and returns what `make` returned beside its handle.
 
-        `bound` is the most seconds that its release may take. When `make` raises, what it may have left is
-        released from the intent alone, and the exception goes on; the entry stays only if that fails too.
+        `bound` is the most seconds that its release may take, unless its kind says. When `make` raises, what
+        it may have left is released from the intent alone, and the exception goes on; the entry stays only if
+        that fails too.
         A cancel is heard before the intent and after the acquisition, not between.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         self._last += 1
         used = frozenset(e.id for name in uses if (e := self.held(name)) is not None)
+        bound = BOUNDS.get(kind, BOUND) if bound is None else bound
         entry = Entry(self._last, resource, kind, intent, used, bound)
         fields = {"id": entry.id, "resource": resource, "type": kind}
         with self._shield() as shield:
@@ -179,10 +190,7 @@ class Ledger:
         entry.error = "was cut short"
         try:
             with trio.move_on_after(seconds) as scope:
-                if entry.release is not None:
-                    await entry.release()
-                else:
-                    await self.by_intent[entry.kind](entry.intent)
+                await self._give_back(entry)
             entry.error = f"took longer than {seconds:.3g} s" if scope.cancelled_caught else ""
         except Exception as exc:
             entry.error = str(exc) or type(exc).__name__
@@ -193,9 +201,45 @@ class Ledger:
             self.entries.remove(entry)
             self.sink.append("released", {**fields, "type": entry.kind})
 
+    async def _give_back(self, entry: Entry) -> None:
+        if entry.release is not None:
+            await entry.release()
+            return
+        ways = self.by_intent if entry.handle is None else self.by_handle
+        if entry.kind not in ways:
+            raise ReleaseError(f"is a {entry.kind}, which this version cannot give back")
+        await ways[entry.kind](entry.intent if entry.handle is None else entry.handle)
+
+
+def still_held(records: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """What a journal says is held, or maybe held, oldest first: what another process has to release."""
+    held: dict[int, Entry] = {}
+    for record in records:
+        match record["kind"]:
+            case "intent":
+                bound = BOUNDS.get(record["type"], BOUND)
+                held[record["id"]] = Entry(
+                    record["id"],
+                    record["resource"],
+                    record["type"],
+                    record["intent"],
+                    frozenset(record["uses"]),
+                    bound,
+                )
+            case "acquired":
+                held[record["id"]].handle = record["handle"]
+            case "released":
+                del held[record["id"]]
+    return list(held.values())
+
 
 def _left(entry: Entry) -> Left:
     return Left(entry.id, entry.resource, entry.kind, entry.error or "was not released")
+
+
+def left_data(left: Left) -> dict[str, Any]:
+    """What could not be released, as `end` records have it."""
+    return {"id": left.id, "resource": left.resource, "type": left.kind, "error": left.error}
 
 
 class ReleaseError(Exception):

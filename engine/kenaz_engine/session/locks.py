@@ -9,7 +9,7 @@ from pathlib import Path
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(file: int) -> bool:
+    def _try_lock(file: int, *, shared: bool = False) -> bool:
         try:
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         except OSError:
@@ -19,9 +19,9 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _try_lock(file: int) -> bool:
+    def _try_lock(file: int, *, shared: bool = False) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
@@ -52,10 +52,31 @@ def try_lock(path: Path, *, create: bool = True) -> Lock | None:
     flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | (os.O_CREAT if create else 0)
     file = os.open(path, flags, 0o600)
     try:
-        if _try_lock(file):
+        # Who held it may have removed the file since: then this lock is on nothing that others see.
+        if _try_lock(file) and _is_at(file, path):
             return Lock(path, file)
     except BaseException:
         os.close(file)
         raise
     os.close(file)
     return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on the file at `path`. Those who look do not hinder each other, and
+    whoever takes the lock just then has to try again. Raises OSError where locks do not work."""
+    try:
+        file = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(file, shared=True)
+    finally:
+        os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

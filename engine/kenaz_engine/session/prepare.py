@@ -53,7 +53,7 @@ async def prepare(resolved: ResolvedSession) -> Prepared:
 def layout_of(prepared: Prepared) -> Layout:
     """Where the things of the session will be. Raises DirectoryError."""
     directory = state_home() / "sessions" / prepared.resolved.id
-    return Layout(directory, socket_directory(directory))
+    return Layout(directory, socket_directory(directory), prepared.resolved.id)
 
 
 def plan_launch(prepared: Prepared, layout: Layout) -> LaunchPlan:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kenaz_engine.session.ledger import Made
 
 Intent = Mapping[str, Any]
+Handle = Mapping[str, Any]
+Release = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 def file_handle(path: Path) -> dict[str, Any]:
@@ -19,7 +22,7 @@ def file_handle(path: Path) -> dict[str, Any]:
     return {"path": str(path), "device": status.st_dev, "inode": status.st_ino}
 
 
-def is_same(handle: Mapping[str, Any]) -> bool:
+def is_same(handle: Handle) -> bool:
     """True while the path still names the file of the handle."""
     try:
         status = Path(handle["path"]).lstat()
@@ -31,23 +34,23 @@ def is_same(handle: Mapping[str, Any]) -> bool:
 def made_file(path: Path) -> Made:
     """A file or socket that now exists; it is given back by unlinking it."""
     handle = file_handle(path)
-
-    async def release() -> None:
-        if is_same(handle):
-            path.unlink(missing_ok=True)
-
-    return Made(handle, release)
+    return Made(handle, partial(_unlink_same, handle))
 
 
 def made_directory(path: Path) -> Made:
     """A directory that now exists; it is given back with all that is in it."""
     handle = file_handle(path)
+    return Made(handle, partial(_remove_same, handle))
 
-    async def release() -> None:
-        if is_same(handle):
-            shutil.rmtree(path)
 
-    return Made(handle, release)
+async def _unlink_same(handle: Handle) -> None:
+    if is_same(handle):
+        Path(handle["path"]).unlink(missing_ok=True)
+
+
+async def _remove_same(handle: Handle) -> None:
+    if is_same(handle):
+        shutil.rmtree(handle["path"])
 
 
 async def _unlink(intent: Intent) -> None:
@@ -61,21 +64,28 @@ async def _remove_tree(intent: Intent) -> None:
         shutil.rmtree(path)
 
 
-async def _nothing(intent: Intent) -> None:
+async def _nothing(fields: Mapping[str, Any]) -> None:
     """What lives and dies with the launcher's process."""
 
 
-BY_INTENT: Mapping[str, Callable[[Intent], Awaitable[None]]] = {
+_WITH_THE_LAUNCHER: Mapping[str, Release] = {"image-reference": _nothing, "stream": _nothing, "cid": _nothing}
+
+BY_INTENT: Mapping[str, Release] = {
     "file": _unlink,
     "socket": _unlink,
     "directory": _remove_tree,
-    "image-reference": _nothing,
-    "machine": _nothing,
-    "stream": _nothing,
-    "cid": _nothing,
+    **_WITH_THE_LAUNCHER,
 }
-"""Release from an intent alone, by kind: for an act that failed, or that nobody saw the end of. A machine
-without a handle has died with its launcher (see kenaz_drivers/_common/guard.py)."""
+"""Release from an intent alone, by kind: for an act that failed, or that nobody saw the end of. Machines are
+their driver's."""
+
+BY_HANDLE: Mapping[str, Release] = {
+    "file": _unlink_same,
+    "socket": _unlink_same,
+    "directory": _remove_same,
+    **_WITH_THE_LAUNCHER,
+}
+"""Release by the handle, in a process other than the one that made it. Machines are their driver's."""
 
 
 def open_reference(path: Path) -> tuple[int, Mapping[str, Any]]:

@@ -36,7 +36,7 @@ from kenaz_engine.lifecycle.machine import (
 from kenaz_engine.lifecycle.model import State
 from kenaz_engine.lifecycle.recorded import decision_fields, event_fields
 from kenaz_engine.session.inbox import Inbox
-from kenaz_engine.session.ledger import Ledger, Left
+from kenaz_engine.session.ledger import Ledger, Left, left_data
 from kenaz_engine.session.recorder import Recorder
 
 
@@ -408,10 +408,7 @@ def _end_fields(outcome: Outcome) -> dict[str, Any]:
         "state": outcome.state,
         "success": outcome.success,
         "seconds": round(outcome.seconds, 3),
-        "left": [
-            {"id": left.id, "resource": left.resource, "type": left.kind, "error": left.error}
-            for left in outcome.left
-        ],
+        "left": [left_data(left) for left in outcome.left],
     }
     optional = {
         "verdict": outcome.verdict,

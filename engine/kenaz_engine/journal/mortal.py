@@ -1,0 +1,51 @@
+"""For tests: a journal at one of whose records the process dies, as it would by `kill -9`.
+
+`KENAZ_TEST_KILL=before:N` kills before the record with `seq` N is written, `torn:N` when half of its line is,
+`after:N` when it is written and, where it is durable, on the disk. Without that variable nothing of this is
+imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from kenaz_engine.journal.writer import KILL, Journal
+
+WHERE = ("before", "torn", "after")
+
+
+class MortalJournal(Journal):
+    """A journal that kills. Raises ValueError when the variable cannot be read."""
+
+    def append(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Writes one record, or dies about it."""
+        where, number = _asked()
+        dies = self._seq == number
+        if dies and where == "before":
+            _die()
+        self._torn = dies and where == "torn"
+        record = super().append(kind, fields)
+        if dies and where == "after":
+            _die()
+        return record
+
+    def _write(self, line: bytes) -> None:
+        if self._torn:
+            super()._write(line[: len(line) // 2])
+            _die()
+        super()._write(line)
+
+
+def _asked() -> tuple[str, int]:
+    where, _, number = os.environ[KILL].partition(":")
+    if where not in WHERE or not number.isdecimal():
+        raise ValueError(f"{KILL} must be one of {', '.join(f'{word}:N' for word in WHERE)}")
+    return where, int(number)
+
+
+def _die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("nobody survives that")
