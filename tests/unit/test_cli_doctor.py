@@ -1,9 +1,8 @@
-"""`doctor` and `image`, on drivers and images that are made up."""
+"""`doctor`, on drivers and images that are made up."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,7 +122,8 @@ def test_doctor_succeeds_when_something_real_can_run(
 
 def test_doctor_as_json(drivers: dict[str, Capabilities], capsys: Capture, home: Path) -> None:
     drivers["qemu"] = _capabilities(False)
-    put_image(home / "cache/images/demo/x86_64")
+    assert main(["image", "import", str(put_image(home / "elsewhere"))]) == 0
+    capsys.readouterr()
     assert main(["doctor", "--json"]) == 3
     data = json.loads(capsys.readouterr().out)
     assert (data["ok"], data["arch"]) == (False, "x86_64")
@@ -187,110 +187,3 @@ def test_doctor_measures_the_paths_of_sockets(
     found = dict(doctor.examine_host("x86_64"))["sockets"]
     assert found.ok is ok
     assert words in found.text
-
-
-# --- image --------------------------------------------------------------------------------------------------
-
-
-def test_image_ls(capsys: Capture, home: Path) -> None:
-    manifest = put_image(home / "cache/images/demo/x86_64")
-    (put_image(home / "cache/images/other/x86_64")).write_text("{}")
-    put_image(home / "cache/images/.download-1/x86_64")
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    assert main(["image", "ls"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["NAME", "TAG", "ARCH", "SIZE", "STATUS", "DIGEST"]
-    assert lines[1].split() == ["demo", "1.0", "x86_64", "0.0", "MiB", "here", digest[:12]]
-    assert lines[2].split() == ["other", "-", "x86_64", "-", "damaged", "-"]
-    assert lines[3].split() == ["demo", "-", "aarch64", "-", "missing", "-"]
-    assert lines[4].startswith("other for x86_64: ")
-    assert lines[5] == "demo for aarch64: run `make image-aarch64`"
-    assert main(["image", "ls", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
-    assert listed[0] == {
-        "name": "demo",
-        "tag": "1.0",
-        "arch": "x86_64",
-        "size": 412,
-        "status": "here",
-        "digest": f"sha256:{digest}",
-        "hint": None,
-    }
-    assert listed[2] == {
-        "name": "demo",
-        "tag": None,
-        "arch": "aarch64",
-        "size": None,
-        "status": "missing",
-        "digest": None,
-        "hint": "run `make image-aarch64`",
-    }
-
-
-def test_image_pull_and_verify(capsys: Capture, home: Path) -> None:
-    manifest = put_image(home / "elsewhere")
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    assert main(["image", "pull", manifest.as_uri(), "--sha256", digest]) == 0
-    out, err = capsys.readouterr()
-    assert out == f"demo:1.0 x86_64 sha256:{digest}\n"
-    assert err.splitlines() == [f"{name} 100% of 0.0 MiB" for name in PARTS]
-    assert main(["image", "pull", "demo"]) == 0
-    assert "is here already" in capsys.readouterr().out
-    assert main(["image", "verify", "demo"]) == 0
-    assert capsys.readouterr().out == f"demo:1.0 x86_64 sha256:{digest}: ok\n"
-    (home / "cache/images/demo/x86_64/kernel").write_bytes(b"KERNEL")
-    assert main(["image", "verify", "demo"]) == 1
-    assert "its SHA-256 differs (get the image again)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "message"),
-    [
-        (["pull", "demo"], 1, "image demo for x86_64 is not on this machine (run `make image`)"),
-        (["pull", "file:///nowhere/image.json"], 1, "could not be fetched"),
-        (["pull", "https://127.0.0.1/image.json"], 1, "is not fetched without the manifest's SHA-256"),
-        (["pull", "ftp://127.0.0.1/image.json"], 1, "cannot be fetched"),
-        (["verify", "demo", "--arch", "aarch64"], 1, "(run `make image-aarch64`)"),
-        ([], 2, "the following arguments are required: ACTION"),
-    ],
-)
-def test_image_fails_in_one_line(capsys: Capture, argv: list[str], code: int, message: str) -> None:
-    assert main(["image", *argv]) == code
-    assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.01, 0.2, 0.21])
-    monkeypatch.setattr("kenaz_engine.cli.image.time.monotonic", lambda: next(clock))
-    out = Terminal()
-    progress = image.Progress(out)
-    for done in (0, 1, 2, 4):
-        progress.report("root", done, 4)
-    progress.close()
-    drawn = out.getvalue().split("\r\x1b[K")
-    assert [line.split("]")[0].count("#") for line in drawn] == [0, 0, 15, 30]
-    assert drawn[-1] == f"[{'#' * 30}] root 100% of 0.0 MiB\n"
-
-
-def test_an_unfinished_bar_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = Terminal()
-    progress = image.Progress(out)
-    progress.report("root", 1, 4)
-    progress.close()
-    assert out.getvalue().endswith(" 25% of 0.0 MiB\n")
-
-
-def test_elsewhere_a_line_at_each_quarter() -> None:
-    out = io.StringIO()
-    progress = image.Progress(out)
-    for done in range(9):
-        progress.report("root", done, 8)
-    progress.report("empty", 0, 0)
-    progress.close()
-    shares = [line.split("%")[0].split()[-1] for line in out.getvalue().splitlines()]
-    assert shares == ["25", "50", "75", "100", "100"]

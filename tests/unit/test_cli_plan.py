@@ -10,7 +10,9 @@ import pytest
 
 from kenaz_drivers.contract import Capabilities, LaunchPlan, LaunchRequest, Reason
 from kenaz_engine.cli.main import main
+from kenaz_engine.images.catalog import Located
 from kenaz_engine.images.errors import ImageError, ImageMissing
+from kenaz_engine.images.policy import Step
 from kenaz_engine.session import prepare
 
 Capture = pytest.CaptureFixture[str]
@@ -52,6 +54,10 @@ class FakeDriver:
         )
 
 
+def located(image: Any) -> Any:
+    return Located("demo", "x86_64", "demo", Step.USE, image)
+
+
 class FakeImage:
     name, tag, digest = "demo", "1.0", "sha256:00"
     kernel, initrd, cmdline = Path("/k"), Path("/i"), ""
@@ -64,7 +70,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KENAZ_SECRET", "canary")
     monkeypatch.setattr("kenaz_drivers.registry.driver_names", lambda: ("fake",))
     monkeypatch.setattr("kenaz_engine.session.prepare.load", lambda name: FakeDriver())
-    monkeypatch.setattr(prepare, "find_image", lambda *_: FakeImage())
+    monkeypatch.setattr(prepare, "locate", lambda *_, **__: located(FakeImage()))
     (tmp_path / "hello.yaml").write_text(SPEC)
     return tmp_path
 
@@ -162,10 +168,10 @@ def test_plan_as_json(capsys: Capture) -> None:
 def test_a_missing_image_is_shown_and_fails(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, hint: str, words: str
 ) -> None:
-    def missing(*_: Any) -> None:
+    def missing(*_: Any, **__: Any) -> None:
         raise ImageMissing("it is not on this machine", hint)
 
-    monkeypatch.setattr(prepare, "find_image", missing)
+    monkeypatch.setattr(prepare, "locate", missing)
     assert main(ARGV) == 3
     out = capsys.readouterr().out
     assert f"demo is missing: it is not on this machine{words}\n" in out
@@ -176,11 +182,23 @@ def test_a_missing_image_is_shown_and_fails(
     assert data["image"] == {"name": "demo", "missing": "it is not on this machine", "hint": hint or None}
 
 
+def test_an_image_that_the_session_fetches_is_no_failure(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = Located("demo", "x86_64", "demo", Step.FETCH)
+    monkeypatch.setattr(prepare, "locate", lambda *_, **__: fetched)
+    assert main(ARGV) == 0
+    assert "demo is not here yet: the session fetches it first" in capsys.readouterr().out
+    assert main([*ARGV, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["image"], data["command"]) == ({"name": "demo", "fetched": False}, None)
+
+
 def test_a_damaged_image_is_shown_too(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(*_: Any) -> None:
+    def damaged(*_: Any, **__: Any) -> None:
         raise ImageError("kernel has 0 bytes")
 
-    monkeypatch.setattr(prepare, "find_image", damaged)
+    monkeypatch.setattr(prepare, "locate", damaged)
     assert main(ARGV) == 3
     assert "demo is missing: kernel has 0 bytes" in capsys.readouterr().out
 

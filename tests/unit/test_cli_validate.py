@@ -82,12 +82,12 @@ def test_a_valid_session_and_lifecycle(put: Put, capsys: Capture) -> None:
         (
             "[]",
             "file.yaml:1:1: `kind` is missing "
-            "(add `kind: Session` or add `kind: Lifecycle` or add `kind: Scenario`)",
+            "(add `kind: Session` or add `kind: Lifecycle` or add `kind: Scenario` or add `kind: Catalog`)",
         ),
         (
             "kind: 7",
-            "file.yaml:1:7: kind: must be Session, Lifecycle or Scenario, not `7` "
-            "(known: Lifecycle, Scenario, Session)",
+            "file.yaml:1:7: kind: must be Session, Lifecycle, Scenario or Catalog, not `7` "
+            "(known: Catalog, Lifecycle, Scenario, Session)",
         ),
         ("kind: session", "not `session` (did you mean `Session`?)"),
         (session("lifecycle: standrad"), "file.yaml:5:19: spec.lifecycle: there is no lifecycle `standrad`"),
@@ -169,8 +169,8 @@ def test_json_for_programs(put: Put, capsys: Capture, form: list[str]) -> None:
                 "level": "error",
                 "code": None,
                 "path": "kind",
-                "message": "must be Session, Lifecycle or Scenario, not `x`",
-                "hint": "known: Lifecycle, Scenario, Session",
+                "message": "must be Session, Lifecycle, Scenario or Catalog, not `x`",
+                "hint": "known: Catalog, Lifecycle, Scenario, Session",
             }
         ],
     }

@@ -18,6 +18,9 @@ from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
 from kenaz_engine.channel.harness import HarnessError
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.vsock import Claim
+from kenaz_engine.images import fetch
+from kenaz_engine.images.fetch import Ensured
+from kenaz_engine.images.locks import hold
 from kenaz_engine.session import activities
 from kenaz_engine.session.activities import ALARM_LENGTH, CONSOLE_PAUSE, PRESS_AGAIN
 from kenaz_engine.session.ledger import ACQUIRE_BOUND
@@ -279,7 +282,11 @@ def image(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         initrd=root,
         cmdline="quiet",
     )
-    monkeypatch.setattr(activities, "find_image", lambda *_: found)
+
+    async def here(*args: Any, **options: Any) -> Ensured:
+        return Ensured(found, await hold([root]), ("it is old",))  # type: ignore[arg-type]  # as much as is used
+
+    monkeypatch.setattr(fetch, "ensure", here)
     monkeypatch.setattr(activities, "create_overlay", made_empty)
     return directory
 
@@ -348,10 +355,10 @@ async def test_an_error_without_a_path_is_told(
 async def test_an_image_that_went_since_is_told(
     autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(*args: Any) -> None:
+    async def gone(*args: Any, **options: Any) -> None:
         raise activities.ImageError("it is gone", "get it again")
 
-    monkeypatch.setattr(activities, "find_image", gone)
+    monkeypatch.setattr(fetch, "ensure", gone)
     result = await whole.run(await whole.prepare(driver=Driver(), can=BOOTS))
     assert result.outcome.verdict == "image could not be had: it is gone"
 

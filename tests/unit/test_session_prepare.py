@@ -158,15 +158,28 @@ async def test_a_driver_that_cannot_be_loaded_is_told(
 async def test_a_missing_image_is_found_before_anything_is_made(
     driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(reference: str, arch: str, cache: Path) -> Any:
-        assert (reference, arch, cache) == ("demo", "x86_64", tmp_path)
+    def missing(reference: str, arch: str, cache: Path, **more: Any) -> Any:
+        assert (reference, arch, cache, more["base"]) == ("demo", "x86_64", tmp_path, ".")
         raise ImageMissing("it is not here", "get it")
 
     change(driver, boots_image=True)
-    monkeypatch.setattr(module, "find_image", missing)
+    monkeypatch.setattr(module, "locate", missing)
     assert await refused("spec.image=demo") == ("it is not here", "get it")
     seen = await survey(load_session(SPEC, "spec.yaml", overrides=["spec.image=demo"], environment={}))
     assert (seen.image, str(seen.missing)) == (None, "it is not here")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_image_that_can_be_fetched_is_fetched_by_the_session(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(driver, boots_image=True)
+    reference = f"https://images.example.org/image.json@sha256:{'0' * 64}"
+    ready = await prepared(f"spec.image={reference}")
+    assert (ready.image, ready.missing, ready.fetches, ready.offline) == (None, None, True, False)
+    resolved = load_session(SPEC, "spec.yaml", overrides=[f"spec.image={reference}"], environment={})
+    with pytest.raises(CannotRun, match=r"offline, and .* was not fetched yet"):
+        await prepare(resolved, offline=True)
     assert list(tmp_path.iterdir()) == []
 
 

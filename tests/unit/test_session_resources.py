@@ -18,7 +18,6 @@ from kenaz_engine.session.resources import (
     is_same,
     made_directory,
     made_file,
-    open_reference,
 )
 from kenaz_engine.session.summary import Phase, phases, states
 
@@ -75,16 +74,6 @@ async def test_by_its_handle_another_thing_of_that_path_is_not_given_back(tmp_pa
     (path.mkdir if kind == "directory" else path.touch)()
     await BY_HANDLE[kind](handle)
     assert path.exists()
-
-
-def test_a_reference_keeps_the_image_open(tmp_path: Path) -> None:
-    path = tmp_path / "root"
-    path.write_bytes(b"image")
-    file, handle = open_reference(path)
-    path.unlink()
-    assert os.read(file, 9) == b"image"
-    os.close(file)
-    assert handle["path"] == str(path)
 
 
 # What is left

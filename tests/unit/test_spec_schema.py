@@ -12,7 +12,7 @@ from kenaz_engine.spec import schema
 from kenaz_engine.spec.faults import Place
 from kenaz_engine.spec.yamlfile import from_data, parse
 
-KINDS = ("Session", "Lifecycle", "Scenario")
+KINDS = ("Session", "Lifecycle", "Scenario", "Catalog")
 
 
 def properties(shape: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

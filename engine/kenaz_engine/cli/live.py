@@ -7,15 +7,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
-from kenaz_engine.cli.output import Paint, plain
+from kenaz_engine.cli.output import Paint, columns, cut, plain
+from kenaz_engine.images.transfer import Notice, Progress
 from kenaz_engine.session.launch import Result
 from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.reap import Reaped, reaped_data
 from kenaz_engine.session.summary import phases
+
+if TYPE_CHECKING:
+    from kenaz_engine.cli.transfers import Pace
 
 Record = Mapping[str, Any]
 
@@ -64,6 +68,10 @@ class View(Protocol):
         """The guest's command wrote to its `stdout` or `stderr`."""
         ...
 
+    def progress(self, seen: Progress | Notice) -> None:
+        """The image is being fetched."""
+        ...
+
     def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The session has ended; `left` says in words what is still there of it."""
         ...
@@ -108,6 +116,7 @@ class JsonLines:
         self._out = out
         self._beside = beside
         self._command = _CommandOutput(self._aside)
+        self._pace: Pace | None = None
 
     def reaped(self, results: Sequence[Reaped]) -> None:
         """One line."""
@@ -126,6 +135,14 @@ class JsonLines:
     def output(self, stream: str, text: str) -> None:
         """Goes to standard error."""
         self._command.feed(stream, text)
+
+    def progress(self, seen: Progress | Notice) -> None:
+        """A line twice a second; what is to be noticed is in the journal already."""
+        from kenaz_engine.cli.transfers import as_data, events
+
+        self._pace = self._pace or events()
+        if isinstance(seen, Progress) and self._pace.due(seen, time.monotonic()):
+            self._write(as_data(seen))
 
     def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The last line."""
@@ -173,6 +190,8 @@ class Live:
         self._said: set[str] = set()
         self._command = _CommandOutput(lambda line: self._line(f"    | {line}"))
         self._hint = self._hint_of_event = ""
+        self._pace: Pace | None = None
+        self._fetching = ""
 
     def reaped(self, results: Sequence[Reaped]) -> None:
         """One line."""
@@ -217,6 +236,8 @@ class Live:
                 if data.get("by") == "signal":
                     more = "; once more to abort" if record["type"] == "end" else ""
                     self._line(f"    interrupted: {record['type']}{more}")
+            case "note" if record.get("about") == "image":
+                self._line(self._paint(f"    note: {plain(record['text'])}", "yellow"))
             case "backoff":
                 self._line(f"    trying again in {record['seconds']:.1f} s")
             case "channel" if record.get("outcome") == "denied":
@@ -231,6 +252,18 @@ class Live:
     def output(self, stream: str, text: str) -> None:
         """Line by line, in the order in which it came."""
         self._command.feed(stream, text)
+
+    def progress(self, seen: Progress | Notice) -> None:
+        """On the line of the current state; elsewhere a line now and then."""
+        from kenaz_engine.cli.transfers import in_words, lines
+
+        if isinstance(seen, Notice):
+            return  # it is in the journal, and so was shown
+        self._pace = self._pace or lines()
+        if self._terminal:
+            self._fetching = "" if seen.done >= seen.total else in_words(seen)
+        elif self._pace.due(seen, time.monotonic()):
+            self._line(f"    {in_words(seen)}")
 
     def finish(self, result: Result, exit_code: int, left: Sequence[str]) -> None:
         """The summary."""
@@ -280,13 +313,14 @@ class Live:
             else:
                 seconds = t - self._entered
             # Left first, or its line would be drawn once more.
-            left, self._state = self._state, ""
+            left, self._state, self._fetching = self._state, "", ""
             self._line(f"  {left:<12} {seconds:7.2f} s")
 
     def _draw(self) -> None:
         if self._terminal and self._state:
             passed = math.floor((time.monotonic() - self._since) * 10) / 10
-            self._out.write(f"\r\x1b[K  {self._state:<12} {passed:7.1f}  s ...")
+            text = f"  {self._state:<12} {passed:7.1f}  s ... {self._fetching}".rstrip()
+            self._out.write(f"\r\x1b[K{cut(text, columns())}")
             self._out.flush()
 
     def _line(self, text: str) -> None:

@@ -81,7 +81,7 @@ def make_plan(prepared: Prepared) -> Plan:
         prepared=prepared,
         layout=layout,
         deadlines=tuple(deadlines(find_lifecycle(prepared.resolved), prepared)),
-        launch=None if prepared.missing else plan_launch(prepared, layout),
+        launch=None if prepared.missing or prepared.fetches else plan_launch(prepared, layout),
     )
 
 
@@ -214,9 +214,14 @@ def _image(plan: Plan) -> str:
     if prepared.missing:
         hint = f" ({prepared.missing.hint})" if prepared.missing.hint else ""
         return f"{prepared.resolved.image} is missing: {prepared.missing}{hint}"
+    if prepared.fetches:
+        return f"{prepared.resolved.image} is not here yet: the session fetches it first"
     if prepared.image is None:
         return f"none: the driver {prepared.driver.name} boots no image"
-    return f"{prepared.image.name}:{prepared.image.tag} {prepared.image.digest}"
+    image = prepared.image
+    if not image.digest:
+        return f"{image.root}, as it is: nothing says what it must be"
+    return f"{image.name}:{image.tag} {image.digest}"
 
 
 def _bound_words(lifecycle: Lifecycle) -> str:
@@ -289,6 +294,8 @@ def _image_data(plan: Plan) -> dict[str, Any] | None:
     image, missing = plan.prepared.image, plan.prepared.missing
     if missing:
         return {"name": plan.prepared.resolved.image, "missing": str(missing), "hint": missing.hint or None}
+    if plan.prepared.fetches:
+        return {"name": plan.prepared.resolved.image, "fetched": False}
     if image is None:
         return None
-    return {"name": image.name, "tag": image.tag, "digest": image.digest}
+    return {"name": image.name, "tag": image.tag, "digest": image.digest or None}

@@ -43,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="unix:PATH",
         help="the harness that listens there answers the guest (without it: a built-in demo harness)",
     )
+    parser.add_argument("--offline", action="store_true", help="fetch nothing: use the image that is here")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
 
@@ -59,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int:
-    prepared = await prepare(resolved)
+    prepared = await prepare(resolved, offline=arguments.offline)
     out = _Output(sys.stdout)
     view: View = JsonLines(out, sys.stderr) if arguments.json else Live(out)
     await _reap_others(view)
     view.begin(prepared)
     connect = _connector(arguments.harness, view, prepared.resolved)
-    session = Session(prepared, connect, view.output, (view.record,))
+    session = Session(prepared, connect, view.output, (view.record,), view.progress)
     out.on_loss = lambda: session.request("end", "output")
     signals = _Signals(session)
     result = await _watched(session, signals, view)

@@ -8,13 +8,16 @@ from importlib import resources
 
 from kenaz_engine.cli.failures import SUCCESS
 
-KINDS = ("session", "lifecycle", "scenario", "journal")
+KINDS = ("session", "lifecycle", "scenario", "catalog", "journal")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which one, and in which form."""
     parser.add_argument(
-        "kind", choices=KINDS, metavar="KIND", help="session, lifecycle, scenario, or journal (one record)"
+        "kind",
+        choices=KINDS,
+        metavar="KIND",
+        help="session, lifecycle, scenario, catalog, or journal (one record)",
     )
     parser.add_argument("--path", action="store_true", help="print where the schema's file is instead")
 

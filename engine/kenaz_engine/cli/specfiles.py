@@ -12,7 +12,7 @@ from kenaz_engine.spec.resolve import ResolvedSession, load_session
 from kenaz_engine.spec.schema import suggestion
 from kenaz_engine.spec.yamlfile import dotted, parse, shorten
 
-KINDS = ("Session", "Lifecycle", "Scenario")
+KINDS = ("Session", "Lifecycle", "Scenario", "Catalog")
 
 
 def kind_of(text: str, file: str) -> str:

@@ -43,7 +43,7 @@ class Report:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Files, and the form of the report."""
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="a session, lifecycle or scenario; `-` is stdin"
+        "files", nargs="+", metavar="FILE", help="a session, lifecycle, scenario or catalog; `-` is stdin"
     )
     parser.add_argument(
         "--ours-only", action="store_true", help="pass over files without `apiVersion: kenaz.dev/...`"
@@ -83,6 +83,11 @@ def examine_file(path: str) -> Report:
 
             # Its lifecycle is not analysed: a scenario may well be there to show what is wrong with it.
             return Report(file, kind, [], load_scenario(text, file).lifecycle)
+        if kind == "Catalog":
+            from kenaz_engine.images.catalogfile import load_catalog
+
+            load_catalog(text, file)
+            return Report(file, kind, [])
         return _examine_session(text, file)
     except InvalidFile as invalid:
         return Report(file, kind, invalid.faults)

@@ -1,7 +1,7 @@
 """Builds the demo image from Debian packages, without root: `python -m kenaz_engine.guest.build --help`.
 
-The result is a directory of four files: `kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see
-docs/reference/image.md). It appears whole or not at all, and is built again when its inputs have changed.
+The result are four files: `kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see
+docs/reference/image.md). They appear whole or not at all, and are built again when their inputs have changed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from kenaz_engine.guest.recipe import (
     Architecture,
 )
 
+NAME = "demo"
 MANIFEST_SCHEMA = 1
 ROOT_SLACK = 32 << 20
 """Free bytes of the root file system before it grows to the size of the session's disk."""
@@ -54,35 +55,36 @@ class BuildError(Exception):
         self.hint = hint
 
 
-def build(arch: str, output: Path, *, force: bool = False, report: Report = print) -> Path:
-    """Makes the demo image for `arch` in the directory `output`, unless it is there and current.
+def build(arch: str, output: Path | None = None, *, force: bool = False, report: Report = print) -> Path:
+    """Makes the demo image for `arch`, unless it is there and current: in the directory `output`, or else in
+    the store, under its name.
 
     Returns the path of the manifest. Two builds of one image wait for each other. Raises BuildError when the
-    host lacks tools or packages, or when a tool fails; `output` is then as it was.
+    host lacks tools or packages, or when a tool fails, ImageError for the store; what was there is then as it
+    was.
     """
     target = ARCHITECTURES[arch]
-    manifest = output / "image.json"
+    place = Directory(output) if output else InStore(arch)
     _require_tools()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(output.with_name(f".{output.name}.lock"), report) as lock:
+    place.make()
+    with _locked(place.lock, report) as lock:
         # Asking apt takes a second: while its lists are those of the last build, the answer is, too.
         stamp = _digest([_sources(), _package_lists()])
-        current = lock.read() == stamp and _is_current(manifest)
+        current = lock.read() == stamp and place.is_current()
         if not current or force:
             packages = _resolve(target)
             inputs = _digest([_sources(), sorted(packages.items())])
-            current = _is_current(manifest, inputs)
+            current = place.is_current(inputs)
         if current and not force:
             _note(lock, stamp)
-            report(f"demo image for {arch} is current: {output}")
-            return manifest
+            report(f"demo image for {arch} is current: {place}")
+            return place.manifest
         report(f"building the demo image for {arch}")
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            result = _make(target, packages, inputs, Path(scratch), report)
-            _replace(result, output)
+        with tempfile.TemporaryDirectory(prefix=f"build-{arch}-", dir=place.scratch) as scratch:
+            place.put(_make(target, packages, inputs, Path(scratch), report))
         _note(lock, stamp)
-    report(f"demo image for {arch} is ready: {output}")
-    return manifest
+    report(f"demo image for {arch} is ready: {place}")
+    return place.manifest
 
 
 def _require_tools() -> None:
@@ -178,15 +180,98 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _is_current(manifest: Path, inputs: str | None = None) -> bool:
-    """Whether the image is whole and made from `inputs`."""
-    try:
-        data = json.loads(manifest.read_bytes())
-        sizes = {part["file"]: part["size"] for part in data["parts"].values()}
-        whole = all((manifest.parent / name).stat().st_size == size for name, size in sizes.items())
-        return whole and inputs in (None, data["inputs"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+# Where the result goes ------------------------------------------------------------------------------------
+
+
+class Directory:
+    """A directory of its own, which appears whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.scratch = path.parent
+        self.lock = path.with_name(f".{path.name}.lock")
+        self.manifest = path / "image.json"
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def make(self) -> None:
+        """Makes what the build needs."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+
+    def is_current(self, inputs: str | None = None) -> bool:
+        """Whether the image is there, whole, and made from `inputs`."""
+        try:
+            data = json.loads(self.manifest.read_bytes())
+            sizes = {part["file"]: part["size"] for part in data["parts"].values()}
+            whole = all((self._path / name).stat().st_size == size for name, size in sizes.items())
+            return whole and inputs in (None, data["inputs"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def put(self, result: Path) -> None:
+        """Puts the finished directory in its place. A session that runs on the old files keeps them open."""
+        result.chmod(0o755)
+        if self._path.exists():
+            self._path.rename(result.with_name("old"))
+        result.rename(self._path)
+
+
+class InStore:
+    """The store, where sessions find it by its name; older builds stay until they are pruned."""
+
+    def __init__(self, arch: str) -> None:
+        from kenaz_engine.images.store import Store, default_cache
+
+        self._arch = arch
+        self._store = Store.at(default_cache())
+        self.scratch = self._store.tmp
+        self.lock = self._store.lock_path(f"build-demo-{arch}")
+
+    def __str__(self) -> str:
+        return f"image {NAME} in {self._store.root}"
+
+    def make(self) -> None:
+        """Makes the store."""
+        self._store.make()
+
+    @property
+    def manifest(self) -> Path:
+        """The manifest of the image that the name stands for."""
+        version = self._store.read_ref(NAME, self._arch).find()
+        assert version is not None
+        return self._store.blob(version.digest)
+
+    def is_current(self, inputs: str | None = None) -> bool:
+        """Whether the name stands for an image that was built here, whole, and made from `inputs`."""
+        from kenaz_engine.images.errors import ImageError
+
+        try:
+            version = self._store.read_ref(NAME, self._arch).find()
+            if version is None or version.how != "built":
+                return False
+            self._store.load(version)
+            return inputs in (None, json.loads(self.manifest.read_bytes())["inputs"])
+        except (ImageError, OSError, ValueError, KeyError):
+            return False
+
+    def put(self, result: Path) -> None:
+        """Takes the parts into the store, and gives them the name."""
+        import trio
+
+        from kenaz_engine.images.catalogfile import AtManifest
+        from kenaz_engine.images.download import Patience
+        from kenaz_engine.images.fetch import Fetcher
+
+        manifest = result / "image.json"
+        source = AtManifest((manifest.as_uri(),), hashlib.sha256(manifest.read_bytes()).hexdigest())
+
+        async def bring() -> None:
+            async with Fetcher(self._store, Patience(), lambda _: None) as fetcher:
+                _, held = await fetcher.image(NAME, self._arch, source, how="built")
+                held.close()
+
+        trio.run(bring)
 
 
 # The build ------------------------------------------------------------------------------------------------
@@ -423,7 +508,7 @@ def _manifest(
     """What `kenaz_engine.images` reads of an image, and what the builder needs to know it again."""
     return {
         "schema": MANIFEST_SCHEMA,
-        "name": "demo",
+        "name": NAME,
         "tag": __version__,
         "arch": target.name,
         "kernel": release,
@@ -448,40 +533,30 @@ def _part(path: Path) -> dict[str, Any]:
     return {"file": path.name, "size": path.stat().st_size, "sha256": digest}
 
 
-def _replace(result: Path, output: Path) -> None:
-    """Puts the finished directory in its place. A session that runs on the old files keeps them open."""
-    result.chmod(0o755)
-    old = result.with_name("old")
-    if output.exists():
-        output.rename(old)
-    result.rename(output)
-
-
 # The command ----------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit status: 0 done, 2 usage, 3 the host cannot build it."""
-    # Imported here, because catalog knows where images live and the rest of this module does not care.
-    from kenaz_engine.images.catalog import default_cache
+    from kenaz_engine.images.errors import ImageError
 
     parser = argparse.ArgumentParser(
         prog="python -m kenaz_engine.guest.build", description="Build the demo image."
     )
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default=_host_arch())
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to put it (default: the cache)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="a directory to put it into, not the store"
+    )
     parser.add_argument("--force", action="store_true", help="build even if the image is current")
     parser.add_argument("--host-packages", action="store_true", help="print the packages this needs, and end")
     options = parser.parse_args(argv)
     if options.host_packages:
         print(" ".join(HOST_PACKAGES))
         return 0
-    output = options.output or default_cache() / "images" / "demo" / options.arch
+    output = options.output.absolute() if options.output else None
     try:
-        build(
-            options.arch, output.absolute(), force=options.force, report=lambda text: print(text, flush=True)
-        )
-    except (BuildError, OSError) as error:
+        build(options.arch, output, force=options.force, report=lambda text: print(text, flush=True))
+    except (BuildError, ImageError, OSError) as error:
         hint = getattr(error, "hint", "")
         print(f"error: {error}" + (f"; try: {hint}" if hint else ""), file=sys.stderr)
         return 3

@@ -1,16 +1,19 @@
-"""The manifest of an image, `image.json`: what it consists of and how it is booted."""
+"""The manifest of an image, `image.json`: what it consists of and how it is booted. Pure: looks at no
+file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from kenaz_engine.images.errors import ImageError
+
+__all__ = ["MANIFEST", "ConsolePattern", "Image", "Part", "compose_manifest", "parse_manifest"]
 
 MANIFEST = "image.json"
 SCHEMA = 1
@@ -19,11 +22,14 @@ MAX_MANIFEST = 1 << 20
 
 PATTERN_EVENTS = frozenset({"guest.panic", "guest.emergency", "firmware.shell", "guest.ready"})
 ROOT_FORMATS = frozenset({"raw", "qcow2"})
+PARTS = ("kernel", "initrd", "root")
+"""What an image can consist of; all but `root` may be missing."""
 
 _T = TypeVar("_T")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_FILE_NAME = TAG
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,11 @@ class ConsolePattern(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image on this machine. `digest` is the manifest's (`sha256:...`), and with it that of all parts."""
+    """An image on this machine: a kernel, perhaps an initial RAM disk, and a root disk; or a root disk alone.
+
+    `digest` is the manifest's (`sha256:...`), and with it that of all parts; empty for a disk of the user's
+    that is used where it lies. `manifest` is None then, too.
+    """
 
     name: str
     tag: str
@@ -55,21 +65,17 @@ class Image:
     cmdline: str
     console_device: str
     console_patterns: tuple[ConsolePattern, ...]
+    manifest: Path | None
 
     @property
-    def manifest(self) -> Path:
-        """The manifest itself."""
-        return self.kernel.with_name(MANIFEST)
+    def kernel(self) -> Path | None:
+        """The kernel, fit for QEMU's `-kernel`; None where the firmware boots the root disk."""
+        return self.parts["kernel"].path if "kernel" in self.parts else None
 
     @property
-    def kernel(self) -> Path:
-        """The kernel, fit for QEMU's `-kernel`."""
-        return self.parts["kernel"].path
-
-    @property
-    def initrd(self) -> Path:
-        """The initial RAM disk."""
-        return self.parts["initrd"].path
+    def initrd(self) -> Path | None:
+        """The initial RAM disk, where there is one."""
+        return self.parts["initrd"].path if "initrd" in self.parts else None
 
     @property
     def root(self) -> Path:
@@ -77,10 +83,11 @@ class Image:
         return self.parts["root"].path
 
 
-def parse_manifest(content: bytes, directory: Path) -> Image:
-    """The image whose manifest has `content` and whose parts are in `directory`.
+def parse_manifest(content: bytes, directory: Path, blobs: Path | None = None) -> Image:
+    """The image whose manifest has `content` and whose parts are in `directory`, by the names that it gives.
 
-    Pure: looks at no file. Raises ImageError that says which field is wrong.
+    With `blobs`, they are there instead, by their digests, and so is the manifest. Raises ImageError that
+    says which field is wrong.
     """
     try:
         data = json.loads(content)
@@ -92,12 +99,16 @@ def parse_manifest(content: bytes, directory: Path) -> Image:
             f"{MANIFEST}: schema is {document.get('schema', int)}, and this launcher reads {SCHEMA}"
         )
     console, listed = document.inner("console"), document.inner("parts")
+    names = [name for name in PARTS if name == "root" or listed.has(name)]
+    if "initrd" in names and "kernel" not in names:
+        raise listed.wrong("initrd", "is of no use without a kernel")
+    digest = hashlib.sha256(content).hexdigest()
     return Image(
         name=document.matching("name", NAME, "a plain name"),
-        tag=document.get("tag", str),
+        tag=document.matching("tag", TAG, "a plain tag"),
         arch=document.matching("arch", NAME, "a plain name"),
-        digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
-        parts={name: _part(listed.inner(name), directory) for name in ("kernel", "initrd", "root")},
+        digest=f"sha256:{digest}",
+        parts={name: _part(listed.inner(name), directory, blobs) for name in names},
         root_format=listed.inner("root").choice("format", ROOT_FORMATS),
         cmdline=document.get("cmdline", str),
         console_device=console.get("device", str),
@@ -105,18 +116,55 @@ def parse_manifest(content: bytes, directory: Path) -> Image:
             _pattern(_Fields(entry, f"console.patterns[{number}]."))
             for number, entry in enumerate(console.get("patterns", list))
         ),
+        manifest=blobs / digest if blobs else directory / MANIFEST,
     )
 
 
-def _part(fields: _Fields, directory: Path) -> Part:
+def file_names(content: bytes) -> dict[str, str]:
+    """The files of the parts, as a manifest that `parse_manifest` reads names them."""
+    return {name: part["file"] for name, part in json.loads(content)["parts"].items() if name in PARTS}
+
+
+def compose_manifest(
+    *,
+    name: str,
+    tag: str,
+    arch: str,
+    parts: Mapping[str, tuple[int, str]],
+    root_format: str,
+    cmdline: str = "",
+    console_device: str = "",
+    console_patterns: Iterable[ConsolePattern] = (),
+) -> bytes:
+    """A manifest for an image that came without one. `parts` are size and digest by name. The same values
+    give the same bytes, hence the same digest."""
+    listed = {
+        part: {"file": part, "size": size, "sha256": sha256}
+        | ({"format": root_format} if part == "root" else {})
+        for part, (size, sha256) in sorted(parts.items())
+    }
+    document = {
+        "schema": SCHEMA,
+        "name": name,
+        "tag": tag,
+        "arch": arch,
+        "cmdline": cmdline,
+        "console": {
+            "device": console_device,
+            "patterns": [{"event": event, "pattern": pattern} for event, pattern in console_patterns],
+        },
+        "parts": listed,
+    }
+    return json.dumps(document, indent=2).encode() + b"\n"
+
+
+def _part(fields: _Fields, directory: Path, blobs: Path | None) -> Part:
     size = fields.get("size", int)
     if size < 0:
         raise fields.wrong("size", "is negative")
-    return Part(
-        directory / fields.matching("file", _FILE_NAME, "a plain file name"),
-        size,
-        fields.matching("sha256", _DIGEST, "a SHA-256 digest in lower-case hexadecimal"),
-    )
+    file = fields.matching("file", _FILE_NAME, "a plain file name")
+    sha256 = fields.matching("sha256", DIGEST, "a SHA-256 digest in lower-case hexadecimal")
+    return Part(blobs / sha256 if blobs else directory / file, size, sha256)
 
 
 def _pattern(fields: _Fields) -> ConsolePattern:
@@ -146,6 +194,9 @@ class _Fields:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self.wrong(name, f"is missing, or not of type {kind.__name__}")
         return value
+
+    def has(self, name: str) -> bool:
+        return name in self._data
 
     def inner(self, name: str) -> _Fields:
         return _Fields(self._data.get(name), f"{self._place}{name}.")

@@ -23,11 +23,12 @@ from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
-from kenaz_engine.images.catalog import default_cache, find_image
+from kenaz_engine.images.catalog import default_cache
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
 from kenaz_engine.images.disks import create_overlay
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.manifest import Image
+from kenaz_engine.images.transfer import Notice, Progress, Watch
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.console import Console
 from kenaz_engine.session.guest import (
@@ -40,7 +41,7 @@ from kenaz_engine.session.guest import (
 from kenaz_engine.session.ledger import AcquireTimeout, Made
 from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder, RecordLost
-from kenaz_engine.session.resources import file_handle, made_directory, made_file, open_reference
+from kenaz_engine.session.resources import file_handle, made_directory, made_file
 from kenaz_engine.session.runner import ActivityError, ActivityFunction, Work
 from kenaz_engine.session.seams import Connect, Show, unless_exiting
 from kenaz_engine.session.vocabulary import VOCABULARY
@@ -78,7 +79,9 @@ class Activities:
         connect: Connect,
         failed: Callable[[], bool],
         show: Show,
+        watch: Watch,
     ) -> None:
+        self._watch = watch
         self._console: Console | None = None
         self._prepared = prepared
         self._layout = layout
@@ -149,18 +152,42 @@ class Activities:
     async def _ensure_image(self, work: Work) -> None:
         if not self._prepared.capabilities.boots_image:
             return
-        image = find_image(self._prepared.resolved.image, self._prepared.arch, default_cache())
+        from kenaz_engine.images.fetch import ensure
+
+        resolved = self._prepared.resolved
+        ensured = await ensure(
+            resolved.image,
+            self._prepared.arch,
+            default_cache(),
+            watch=self._seen,
+            base=resolved.beside(""),
+            offline=self._prepared.offline,
+        )
+        image, held = ensured.image, ensured.held
+        for note in ensured.notes:
+            self._note_image(note)
 
         async def make() -> tuple[Made, None]:
-            file, handle = open_reference(image.root)
-
             async def release() -> None:
-                os.close(file)
+                held.close()
 
-            return Made(handle, release), None
+            return Made(file_handle(image.root), release), None
 
-        await work.ledger.acquire("image", "image-reference", {"digest": image.digest}, make)
+        try:
+            await work.ledger.acquire("image", "image-reference", {"digest": image.digest}, make)
+        except BaseException:
+            held.close()
+            raise
         self._image = image
+
+    def _seen(self, seen: Progress | Notice) -> None:
+        if isinstance(seen, Notice):
+            self._note_image(seen.text)
+        self._watch(seen)
+
+    def _note_image(self, text: str) -> None:
+        """What a fetch falls back on is never silent."""
+        self._recorder.append("note", {"about": "image", "text": text})
 
     async def _allocate(self, work: Work) -> None:
         root_format, config_format = disk_formats(self._prepared)
@@ -345,7 +372,9 @@ def _explained(function: ActivityFunction) -> ActivityFunction:
             return await function(work)
         except DriverError as exc:
             raise ActivityError(str(exc), hint=exc.hint, transient=exc.transient) from exc
-        except (ImageError, TransportError) as exc:
+        except ImageError as exc:
+            raise ActivityError(str(exc), hint=exc.hint, transient=exc.transient) from exc
+        except TransportError as exc:
             raise ActivityError(str(exc), hint=exc.hint) from exc
         except (AcquireTimeout, RecordLost) as exc:
             raise ActivityError(str(exc)) from exc

@@ -116,8 +116,8 @@ def launch_request(
         channel="" if prepared.transport == "vsock" else str(layout.channel),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
-        kernel=str(image.kernel) if image else "",
-        initrd=str(image.initrd) if image else "",
+        kernel=str(image.kernel) if image and image.kernel else "",
+        initrd=str(image.initrd) if image and image.initrd else "",
         cmdline=image.cmdline if image else "",
         disks=(
             Disk("root", str(layout.disk("root", root)), root),

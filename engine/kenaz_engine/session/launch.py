@@ -15,6 +15,7 @@ from kenaz_drivers._common.identity import identify
 from kenaz_engine import __version__
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.images.transfer import Watch
 from kenaz_engine.journal.records import FORMAT
 from kenaz_engine.journal.writer import Journal, open_journal
 from kenaz_engine.lifecycle.analysis.bound import SWEEP
@@ -36,7 +37,7 @@ from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Observer, Recorder, RecordLost
 from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
 from kenaz_engine.session.runner import Outcome, Runner
-from kenaz_engine.session.seams import Connect, Show
+from kenaz_engine.session.seams import Connect, Show, unwatched
 from kenaz_engine.session.vocabulary import VOCABULARY
 from kenaz_engine.spec.resolve import describe
 
@@ -64,12 +65,18 @@ class Session:
     """A session of a prepared spec. `run` it once."""
 
     def __init__(
-        self, prepared: Prepared, connect: Connect, show: Show, observers: tuple[Observer, ...] = ()
+        self,
+        prepared: Prepared,
+        connect: Connect,
+        show: Show,
+        observers: tuple[Observer, ...] = (),
+        watch: Watch = unwatched,
     ) -> None:
         self._prepared = prepared
         self._connect = connect
         self._show = show
         self._observers = observers
+        self._watch = watch
         self._runner: Runner | None = None
         self._early: list[Event] = []
 
@@ -99,7 +106,9 @@ class Session:
             if recorder.fault:
                 raise DirectoryError(f"{directory.path} cannot be made: {recorder.fault}", _ROOM)
             ledger = Ledger(recorder, {**BY_INTENT, "machine": self._prepared.driver.release})
-            activities = Activities(self._prepared, layout, recorder, self._connect, self._failed, self._show)
+            activities = Activities(
+                self._prepared, layout, recorder, self._connect, self._failed, self._show, self._watch
+            )
             machine = Machine(self._prepared.lifecycle, VOCABULARY)
             self._runner = Runner(machine, activities.table(), ledger, recorder)
             for event in self._early:

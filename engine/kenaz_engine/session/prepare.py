@@ -6,12 +6,15 @@ Faults end here: nothing has been created yet.
 from __future__ import annotations
 
 import platform
+import time
+from pathlib import Path
 
 from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
 from kenaz_drivers.registry import choose, load
-from kenaz_engine.images.catalog import default_cache, find_image
-from kenaz_engine.images.errors import ImageError
-from kenaz_engine.images.manifest import Image
+from kenaz_engine.images.catalog import Located, default_cache, locate
+from kenaz_engine.images.errors import ImageError, ImageMissing
+from kenaz_engine.images.manifest import Image, Part
+from kenaz_engine.images.policy import Step
 from kenaz_engine.lifecycle.deadlines import with_deadlines
 from kenaz_engine.session.check import checked
 from kenaz_engine.session.directory import DirectoryError, socket_directory, state_home
@@ -37,10 +40,10 @@ def native_arch() -> str:
     return _ARCHITECTURES.get(machine, machine)
 
 
-async def prepare(resolved: ResolvedSession) -> Prepared:
+async def prepare(resolved: ResolvedSession, *, offline: bool = False) -> Prepared:
     """Looks at the lifecycle, the drivers and this host. What it returns can be run here, as far as can be
     known before anything is made. Raises InvalidFile and CannotRun."""
-    prepared = await survey(resolved)
+    prepared = await survey(resolved, offline=offline)
     if prepared.missing is not None:
         raise CannotRun(str(prepared.missing), prepared.missing.hint)
     try:
@@ -57,11 +60,13 @@ def layout_of(prepared: Prepared) -> Layout:
 
 
 def plan_launch(prepared: Prepared, layout: Layout) -> LaunchPlan:
-    """What the driver would do, with the image at hand. Raises DriverError for what it cannot do."""
-    return prepared.driver.plan(launch_request(prepared, layout, prepared.image))
+    """What the driver would do, with the image at hand, or one like that which is to be fetched. Raises
+    DriverError for what it cannot do."""
+    image = _STAND_IN if prepared.fetches else prepared.image
+    return prepared.driver.plan(launch_request(prepared, layout, image))
 
 
-async def survey(resolved: ResolvedSession) -> Prepared:
+async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepared:
     """As `prepare`, also where the image is missing, or the driver cannot do what is asked of it: for those
     who show what there is. Raises InvalidFile and CannotRun."""
     lifecycle = checked(resolved)
@@ -69,7 +74,9 @@ async def survey(resolved: ResolvedSession) -> Prepared:
     driver, capabilities, considered = await _driver(resolved, arch)
     transport, reason = _transport(resolved, driver, capabilities)
     scale = capabilities.deadline_scale
-    image, missing = _image(resolved, arch) if capabilities.boots_image else (None, None)
+    image, missing, fetches = (None, None, False)
+    if capabilities.boots_image:
+        image, missing, fetches = _image(resolved, arch, offline)
     return Prepared(
         resolved=resolved,
         arch=arch,
@@ -82,14 +89,43 @@ async def survey(resolved: ResolvedSession) -> Prepared:
         notes=tuple(_notes(driver, capabilities, considered)),
         image=image,
         missing=missing,
+        fetches=fetches,
+        offline=offline,
     )
 
 
-def _image(resolved: ResolvedSession, arch: str) -> tuple[Image | None, ImageError | None]:
+_STAND_IN = Image(
+    name="",
+    tag="",
+    arch="",
+    digest="",
+    parts={name: Part(Path("/to-be-fetched") / name, 0, "") for name in ("kernel", "root")},
+    root_format="raw",
+    cmdline="",
+    console_device="",
+    console_patterns=(),
+    manifest=None,
+)
+
+
+def _image(
+    resolved: ResolvedSession, arch: str, offline: bool
+) -> tuple[Image | None, ImageError | None, bool]:
+    """The image that is here; why there is none; whether the session fetches one."""
+    base = resolved.beside("")
     try:
-        return find_image(resolved.image, arch, default_cache()), None
+        located = locate(resolved.image, arch, default_cache(), now=time.time(), base=base, offline=offline)
     except ImageError as error:
-        return None, error
+        return None, error, False
+    if located.step is Step.FETCH:
+        return None, None, True
+    if located.step is Step.UNREACHABLE:
+        return None, ImageMissing(f"offline, and {located.missing}", _hint(located)), False
+    return located.image, located.missing, False
+
+
+def _hint(located: Located) -> str:
+    return located.missing.hint if located.missing else ""
 
 
 async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabilities, Considered]:

@@ -20,7 +20,8 @@ class Prepared:
 
     `lifecycle` is the one that will be run, with the deadlines that it has here; `considered` are the drivers
     that were looked at, in order; `transport_reason` says why it is that transport; `notes` are for the user.
-    `image` is None where the driver boots none, or where it is `missing`, of which only `survey` tells.
+    `image` is None where the driver boots none, where the session `fetches` it first, and where it is
+    `missing`, of which only `survey` tells. `offline`: nothing may be fetched.
     """
 
     resolved: ResolvedSession
@@ -34,3 +35,5 @@ class Prepared:
     notes: tuple[str, ...]
     image: Image | None
     missing: ImageError | None
+    fetches: bool = False
+    offline: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -86,9 +85,3 @@ BY_HANDLE: Mapping[str, Release] = {
     **_WITH_THE_LAUNCHER,
 }
 """Release by the handle, in a process other than the one that made it. Machines are their driver's."""
-
-
-def open_reference(path: Path) -> tuple[int, Mapping[str, Any]]:
-    """An open file of the image, which keeps it in use; its handle. Raises OSError."""
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    return file, file_handle(path)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from kenaz_engine.images.transfer import Notice, Progress
+
 if TYPE_CHECKING:
     from kenaz_engine.channel.harness import HarnessLink
 
@@ -18,6 +20,10 @@ Connect = Callable[[], Awaitable["HarnessLink"]]
 
 Show = Callable[[str, str], None]
 """Gets what the guest's command wrote: `stdout` or `stderr`, and the text. It may not wait."""
+
+
+def unwatched(seen: Progress | Notice) -> None:
+    """A fetch that nobody watches."""
 
 
 async def unless_exiting(machine_exited: trio.Event) -> None:
