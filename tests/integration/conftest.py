@@ -26,7 +26,7 @@ class Publisher:
     `status` and `headers` (an answer without a file), `drop` (bytes after which the connection ends), `stall`
     (bytes after which nothing comes until the end of the test), `trickle` (seconds between bytes), `plain`
     (no range is known), `content` (another body), `length` (another Content-Length), `change` (a new content
-    for the path, before this answer), `etag`.
+    for the path, before this answer), `gate` (bytes, and an event before which no more come), `etag`.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
@@ -129,6 +129,12 @@ class Publisher:
         out = fault.get("content", content)[start:]
         self._head(handler, status, {**sent, "Content-Length": str(fault.get("length", len(out)))})
         if not body:
+            return
+        if "gate" in fault:
+            middle, gate = fault["gate"]
+            handler.wfile.write(out[:middle])
+            gate.wait(60)
+            handler.wfile.write(out[middle:])
             return
         if "drop" in fault or "stall" in fault:
             handler.wfile.write(out[: fault.get("drop", fault.get("stall"))])

@@ -60,7 +60,8 @@ class Litter:
 
 
 def litter(store: Store, images: Iterable[Kept], now: float) -> Iterator[Litter]:
-    """Blobs without an image, downloads that nobody goes on with for a day, what was set aside as damaged."""
+    """Blobs without an image, downloads that nobody goes on with for a day, locks that nobody holds, what was set
+    aside as damaged."""
     for digest in unreferenced(store.present(), images):
         path = store.blob(digest)
         if not in_use(path):
@@ -69,6 +70,10 @@ def litter(store: Store, images: Iterable[Kept], now: float) -> Iterator[Litter]
         status = path.stat()
         if now - status.st_mtime > DAY and not in_use(store.lock_path(path.name.partition(".")[0])):
             yield Litter(path, "half a download", status.st_size)
+    for path in _inside(store.root / "locks"):
+        # The builder's have content: by what the image was built from.
+        if not path.stat().st_size and not in_use(path):
+            yield Litter(path, "the lock of a launcher that was killed", 0)
     for path in _inside(store.quarantine):
         yield Litter(path, "damaged", path.stat().st_size)
 
@@ -82,7 +87,11 @@ def sweep(store: Store, item: Litter) -> bool:
     try:
         if item.path.parent == store.blobs:
             return store.remove(item.path.name)
-        if item.path.is_dir():
+        if item.path.parent.name == "locks":
+            if (lock := try_lock(item.path)) is None:
+                return False
+            lock.close(remove=True)
+        elif item.path.is_dir():
             shutil.rmtree(item.path)
         else:
             item.path.unlink(missing_ok=True)
