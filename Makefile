@@ -54,7 +54,7 @@ test-all: host-test .venv/ready-to-test ## only what `test` leaves out because i
 	$(BIN)/pytest --long $(PURE)
 	$(BIN)/pytest --long tests/integration tests/acceptance
 
-bench: image .venv/ready-to-test ## measure what docs/performance.md promises
+bench: host-test image .venv/ready-to-test ## measure what docs/performance.md promises
 	$(BIN)/python tests/benchmarks
 
 lint: host-lint .venv/ready-to-test ## check style, types and import rules

@@ -20,7 +20,7 @@ from kenaz_engine.channel.framing import MARK
 from kenaz_engine.guest.build import BuildError, build
 from kenaz_engine.images.catalog import Image, default_cache, find_image, load_image, verify_image
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
-from kenaz_engine.images.disks import create_overlay
+from kenaz_engine.images.disks import create_disk
 
 Message = dict[str, Any]
 GIB = 1 << 30
@@ -135,7 +135,7 @@ class Guest:
 
 
 async def make_overlay(path: Path, image: Image) -> None:
-    await create_overlay(path, base=image.root, base_format=image.root_format, size=GIB)
+    await create_disk(path, "qcow2", base=image.root, base_format=image.root_format, size=GIB)
 
 
 class Boots:

@@ -59,7 +59,7 @@ def located(image: Any) -> Any:
 
 
 class FakeImage:
-    name, tag, digest = "demo", "1.0", "sha256:00"
+    name, tag, digest, root_format = "demo", "1.0", "sha256:00", "raw"
     kernel, initrd, cmdline = Path("/k"), Path("/i"), ""
 
 

@@ -1,125 +1,221 @@
-"""Overlays, made by the real qemu-img where there is one, and by a false one that fails."""
+"""Ephemeral disks: who may read them, what is refused, and that a failure leaves nothing."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import shutil
 import stat
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from kenaz_engine.images.disks import DiskError, create_overlay
+from kenaz_engine.images import disks, qcow2
+from kenaz_engine.images.diskfile import inspect_disk
+from kenaz_engine.images.disks import DiskError, create_disk
+from kenaz_engine.images.errors import ImageError
 
-needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 MIB = 1 << 20
+GIB = 1 << 30
+FORMATS = ("qcow2", "raw")
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.raw"
+    """A megabyte of which the middle is a hole."""
+    path = tmp_path / "base"
     with path.open("wb") as file:
-        file.truncate(MIB)
+        file.write(b"begin".ljust(4096, b"."))
+        file.seek(MIB - 4096)
+        file.write(b"end".rjust(4096, b"."))
     return path
 
 
 @pytest.fixture
-def false_qemu_img(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An executable that fails, for a test to write; it is the only thing on the PATH."""
-    script = tmp_path / "bin" / "qemu-img"
-    script.parent.mkdir()
-    script.touch(0o755)
-    monkeypatch.setenv("PATH", str(script.parent))
-    return script
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "disk"
 
 
-@needs_qemu
-async def test_the_overlay_has_its_size_its_base_and_its_owner_only(tmp_path: Path, base: Path) -> None:
-    path = tmp_path / "overlay.qcow2"
-    await create_overlay(path, base=base, base_format="raw", size=8 * MIB)
-    shown = await trio.run_process(["qemu-img", "info", "--output=json", str(path)], capture_stdout=True)
-    info = json.loads(shown.stdout)
-    assert info["format"] == "qcow2"
-    assert info["virtual-size"] == 8 * MIB
-    assert (info["full-backing-filename"], info["backing-filename-format"]) == (str(base), "raw")
+@pytest.fixture(params=[0o000, 0o022, 0o777])
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+@pytest.mark.usefixtures("umask")
+async def test_a_disk_is_for_its_owner_alone_whatever_the_umask(
+    base: Path, path: Path, disk_format: str
+) -> None:
+    await create_disk(path, disk_format, base=base, base_format="raw", size=8 * MIB)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@needs_qemu
-async def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "overlay.qcow2"
-    with pytest.raises(DiskError, match="qemu-img could not make") as caught:
-        await create_overlay(path, base=tmp_path / "none", base_format="qcow2", size=MIB)
-    assert "\n" not in str(caught.value)
-    assert not path.exists()
+async def test_an_overlay_says_its_size_and_its_base_and_holds_nothing(base: Path, path: Path) -> None:
+    assert await create_disk(path, "qcow2", base=base, base_format="raw", size=10 * GIB) == "overlay"
+    content = path.read_bytes()
+    head = qcow2.HEADER.unpack_from(content)
+    assert (head[5], head[7]) == (10 * GIB, 20)
+    assert content[head[2] : head[2] + head[3]] == os.fsencode(base)
+    assert path.stat().st_blocks * 512 <= 64 << 10
+    # Which is why nobody may publish such a file as an image.
+    with pytest.raises(ImageError, match="has a backing file"):
+        inspect_disk(path)
 
 
-async def test_an_existing_file_is_left_alone(tmp_path: Path, base: Path) -> None:
-    path = tmp_path / "overlay.qcow2"
+async def test_a_raw_disk_is_the_base_and_then_zeros(base: Path, path: Path) -> None:
+    assert await create_disk(path, "raw", base=base, base_format="raw", size=8 * MIB + 1) in {
+        "reflink",
+        "copy",
+    }
+    content = path.read_bytes()
+    assert content[:MIB] == base.read_bytes()
+    assert content[MIB:] == bytes(7 * MIB + 512)
+    assert path.stat().st_blocks * 512 <= 64 << 10
+
+
+async def test_a_copy_takes_what_the_file_system_cannot_share(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "_reflink", lambda *_: False)
+    monkeypatch.setattr(disks, "_CHUNK", 4096)
+    # Where the platform does not tell where data is, all of it is copied.
+    for known in (True, False):
+        if not known:
+            monkeypatch.delattr(os, "SEEK_DATA", raising=False)
+        assert await create_disk(path, "raw", base=base, base_format="raw", size=MIB) == "copy"
+        assert path.read_bytes() == base.read_bytes()
+        path.unlink()
+
+
+async def test_a_base_that_ends_with_a_hole_is_copied(path: Path, tmp_path: Path) -> None:
+    base = tmp_path / "hollow"
+    with base.open("wb") as file:
+        file.write(b"begin")
+        file.truncate(4 * MIB)
+    await create_disk(path, "raw", base=base, base_format="raw", size=4 * MIB)
+    assert path.read_bytes() == base.read_bytes()
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+async def test_an_existing_file_is_left_alone(base: Path, path: Path, disk_format: str) -> None:
     path.write_text("mine")
     with pytest.raises(FileExistsError):
-        await create_overlay(path, base=base, base_format="raw", size=MIB)
+        await create_disk(path, disk_format, base=base, base_format="raw", size=MIB)
     assert path.read_text() == "mine"
 
 
-async def test_a_disk_smaller_than_its_image_is_refused(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(DiskError, match="a disk of 1048575 bytes is smaller than its image") as caught:
-        await create_overlay(tmp_path / "overlay.qcow2", base=base, base_format="raw", size=MIB - 1)
-    assert caught.value.hint == "raise spec.machine.disk"
+async def refused(path: Path, disk_format: str = "qcow2", **given: Any) -> DiskError:
+    with pytest.raises(DiskError) as caught:
+        await create_disk(path, disk_format, **{"base_format": "raw", "size": MIB, **given})
+    assert not path.exists()
+    return caught.value
 
 
-async def test_a_relative_base_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="absolute"):
-        await create_overlay(tmp_path / "o", base=Path("base"), base_format="raw", size=1)
+async def test_a_disk_smaller_than_its_image_is_refused(base: Path, path: Path, tmp_path: Path) -> None:
+    error = await refused(path, base=base, size=MIB - 1)
+    assert str(error) == "a disk of 1048575 bytes is smaller than its image of 1048576 bytes"
+    assert error.hint == "raise spec.machine.disk"
+    packed = alone(tmp_path / "packed", 8 * MIB)
+    error = await refused(path, base=packed, base_format="qcow2")
+    assert str(error) == "a disk of 1048576 bytes is smaller than its image of 8388608 bytes"
 
 
-@pytest.mark.parametrize(
-    ("said", "message", "hint"),
-    [
-        (
-            "o.qcow2: No space left on device",
-            "no space left for the disk",
-            "free space on the file system of",
-        ),
-        ("first\nlast words", "last words", ""),
-        ("", "qemu-img could not make", ""),
-    ],
-)
-async def test_the_reason_of_a_failure_is_passed_on(
-    tmp_path: Path, base: Path, false_qemu_img: Path, said: str, message: str, hint: str
+def alone(path: Path, size: int) -> Path:
+    """A qcow2 image without a base, which has nothing in it."""
+    length, pieces = qcow2.overlay("", "raw", size)
+    content = bytearray(length)
+    for offset, piece in pieces.items():
+        content[offset : offset + len(piece)] = piece
+    struct.pack_into(">QI", content, 8, 0, 0)
+    path.write_bytes(content)
+    return path
+
+
+async def test_a_base_of_another_format_than_promised_is_refused(
+    base: Path, path: Path, tmp_path: Path
 ) -> None:
-    false_qemu_img.write_text(f"#!/bin/sh\nprintf '%s' '{said}' >&2\nexit 1\n")
-    path = tmp_path / "overlay.qcow2"
-    with pytest.raises(DiskError, match=message) as caught:
-        await create_overlay(path, base=base, base_format="raw", size=MIB)
-    assert caught.value.hint.startswith(hint)
+    error = await refused(path, base=base, base_format="qcow2")
+    assert str(error) == f"{base} is a raw image, and its manifest says qcow2"
+    packed = alone(tmp_path / "packed", MIB)
+    assert "is a qcow2 image, and its manifest says raw" in str(await refused(path, base=packed))
+
+
+async def test_a_base_that_leads_elsewhere_is_refused(base: Path, path: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    await create_disk(overlay, "qcow2", base=base, base_format="raw", size=MIB)
+    with pytest.raises(ImageError, match="has a backing file"):
+        await create_disk(path, "qcow2", base=overlay, base_format="qcow2", size=MIB)
     assert not path.exists()
 
 
-async def test_a_missing_qemu_img_is_told_with_its_package(
-    tmp_path: Path, base: Path, false_qemu_img: Path
+async def test_a_driver_that_takes_raw_disks_only_gets_no_qcow2_image(path: Path, tmp_path: Path) -> None:
+    error = await refused(path, "raw", base=alone(tmp_path / "packed", MIB), base_format="qcow2")
+    assert error.hint == "publish it with a raw disk: qemu-img convert -O raw"
+
+
+async def test_what_no_format_holds_is_refused(base: Path, path: Path, tmp_path: Path) -> None:
+    assert str(await refused(path, "vhdx", base=base)) == "no disk can be made in the format vhdx"
+    error = await refused(path, base=base, size=1 << 62)
+    assert str(error) == f"a disk of {1 << 62} bytes is larger than qcow2 allows"
+    deep = tmp_path.joinpath(*["d" * 200] * 5, "base")
+    deep.parent.mkdir(parents=True)
+    base.rename(deep)
+    assert "and qcow2 holds 1023" in str(await refused(path, base=deep))
+
+
+async def test_a_base_that_is_not_there_or_not_absolute(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await create_disk(path, "qcow2", base=tmp_path / "none", base_format="raw", size=MIB)
+    with pytest.raises(ValueError, match="absolute"):
+        await create_disk(path, "qcow2", base=Path("base"), base_format="raw", size=1)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+async def test_a_full_disk_is_told_and_leaves_nothing(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch, disk_format: str, number: int
 ) -> None:
-    false_qemu_img.unlink()
-    with pytest.raises(DiskError, match="qemu-img is not installed") as caught:
-        await create_overlay(tmp_path / "overlay.qcow2", base=base, base_format="raw", size=MIB)
-    assert caught.value.hint == "apt-get install qemu-utils"
-    assert not (tmp_path / "overlay.qcow2").exists()
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disks, "_write", full)
+    monkeypatch.setattr(disks, "_reflink", lambda *_: False)
+    error = await refused(path, disk_format, base=base)
+    assert str(error) == f"no space left for the disk {path}"
+    assert error.hint == f"free space on the file system of {path.parent}"
 
 
-async def test_a_cancelled_overlay_leaves_nothing(tmp_path: Path, base: Path, false_qemu_img: Path) -> None:
-    started = tmp_path / "started"
-    os.mkfifo(started)
-    false_qemu_img.write_text(f"#!/bin/sh\necho > {started}\nexec /bin/sleep 60\n")
-    path = tmp_path / "overlay.qcow2"
-    async with trio.open_nursery() as nursery:
+async def test_other_errors_of_the_system_go_on_and_leave_nothing(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
 
-        async def make() -> None:
-            await create_overlay(path, base=base, base_format="raw", size=MIB)
+    monkeypatch.setattr(disks, "_reflink", broken)
+    with pytest.raises(OSError, match="broken"):
+        await create_disk(path, "raw", base=base, base_format="raw", size=MIB)
+    assert not path.exists()
 
-        nursery.start_soon(make)
-        with trio.fail_after(10):
-            await trio.to_thread.run_sync(started.read_bytes, abandon_on_cancel=True)
-        nursery.cancel_scope.cancel()
+
+async def test_a_cancelled_copy_leaves_nothing(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "_reflink", lambda *_: False)
+    monkeypatch.setattr(disks, "_CHUNK", 1024)
+    with trio.CancelScope() as scope:
+        real = disks._copy_piece
+
+        def cancelling(*given: Any) -> None:
+            real(*given)
+            trio.from_thread.run_sync(scope.cancel)
+
+        monkeypatch.setattr(disks, "_copy_piece", cancelling)
+        await create_disk(path, "raw", base=base, base_format="raw", size=MIB)
+    assert scope.cancelled_caught
     assert not path.exists()

@@ -261,9 +261,10 @@ async def no_room(*args: Any, **options: Any) -> None:
     full()
 
 
-async def made_empty(path: Path, **options: Any) -> None:
+async def made_empty(path: Path, disk_format: str, **options: Any) -> str:
     await trio.lowlevel.checkpoint()
     path.touch(0o600)
+    return "overlay"
 
 
 @pytest.fixture
@@ -287,7 +288,7 @@ def image(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         return Ensured(found, await hold([root]), ("it is old",))  # type: ignore[arg-type]  # as much as is used
 
     monkeypatch.setattr(fetch, "ensure", here)
-    monkeypatch.setattr(activities, "create_overlay", made_empty)
+    monkeypatch.setattr(activities, "create_disk", made_empty)
     return directory
 
 
@@ -303,11 +304,13 @@ async def test_a_machine_with_an_image(autojump_clock: Any, whole: Any, image: P
     assert driver.requests[-1].cmdline == "quiet"
     kinds = [(r["resource"], r["type"]) for r in whole.records() if r["kind"] == "acquired"]
     assert kinds[1:4] == [("image", "image-reference"), ("disk", "file"), ("config", "file")]
+    [disk] = [r["handle"] for r in whole.records() if r["kind"] == "acquired" and r["resource"] == "disk"]
+    assert disk["made"] == "overlay"
 
 
 @pytest.mark.parametrize(
     ("maker", "fails", "names"),
-    [("create_overlay", no_room, "root.qcow2"), ("write_config_disk", full, "config.raw")],
+    [("create_disk", no_room, "root.qcow2"), ("write_config_disk", full, "config.raw")],
 )
 async def test_a_full_disk_is_told_by_the_file_that_it_has_no_room_for(
     autojump_clock: Any,

@@ -44,6 +44,7 @@ def write_config_disk(path: Path, files: Mapping[str, bytes]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            path.chmod(0o600)  # whatever the umask takes away
             file.write(content)
     except OSError:
         path.unlink(missing_ok=True)

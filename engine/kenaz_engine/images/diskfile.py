@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kenaz_engine.images.errors import ImageError
+from kenaz_engine.images.qcow2 import HEADER, HEADER_3, MAGIC, MAX_L1, SECTOR
 
-SECTOR = 512
-
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_HEADER_3 = struct.Struct(">QQQII")  # directly behind
-_MIN_HEADER_3 = _HEADER.size + _HEADER_3.size
+_MIN_HEADER_3 = HEADER.size + HEADER_3.size
 _MAX_CLUSTER = 1 << 21  # bytes of the largest cluster; header and extensions lie in the first
-_MAX_L1 = 32 << 20  # bytes
 
 _DIRTY, _CORRUPT, _EXTERNAL, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
 _KNOWN = _DIRTY | _CORRUPT | _EXTERNAL | _COMPRESSION | _EXTENDED_L2
@@ -63,7 +59,9 @@ def inspect_disk(path: Path) -> DiskFile:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{path} is no regular file")
-        head = os.read(file, _MAX_CLUSTER)
+        head = os.read(file, SECTOR)
+        if head.startswith(MAGIC):
+            head += os.read(file, _MAX_CLUSTER - SECTOR)
     finally:
         os.close(file)
     try:
@@ -75,7 +73,7 @@ def inspect_disk(path: Path) -> DiskFile:
 def _inspect(head: bytes, size: int) -> DiskFile:
     if not head:
         raise ImageError("the disk image is empty")
-    if head.startswith(b"QFI\xfb"):
+    if head.startswith(MAGIC):
         return DiskFile("qcow2", _qcow2(head, size))
     other = next((name for magic, name in _OTHERS.items() if head.startswith(magic)), None)
     if other:
@@ -89,7 +87,7 @@ def _inspect(head: bytes, size: int) -> DiskFile:
 def _qcow2(head: bytes, size: int) -> int:
     """The virtual size of a qcow2 image of `size` bytes that begins with `head`."""
     virtual_size: int
-    if len(head) < _HEADER.size:
+    if len(head) < HEADER.size:
         raise ImageError("the header of the qcow2 image is cut short")
     (
         _,
@@ -105,7 +103,7 @@ def _qcow2(head: bytes, size: int) -> int:
         refcount_clusters,
         snapshots,
         snapshots_offset,
-    ) = _HEADER.unpack_from(head)
+    ) = HEADER.unpack_from(head)
     if version not in (2, 3):
         raise ImageError(f"the qcow2 image is of version {version}, and known are 2 and 3")
     if backing_offset or backing_size:
@@ -118,7 +116,7 @@ def _qcow2(head: bytes, size: int) -> int:
     if not 9 <= cluster_bits <= 21:
         raise ImageError(f"the qcow2 image has clusters of 2^{cluster_bits} bytes, which QEMU has not")
     cluster = 1 << cluster_bits
-    incompatible, header_length = _version_3(head) if version == 3 else (0, _HEADER.size)
+    incompatible, header_length = _version_3(head) if version == 3 else (0, HEADER.size)
     if header_length > cluster:
         raise ImageError("the header of the qcow2 image is longer than a cluster")
     _extensions(head[header_length:cluster])
@@ -126,7 +124,7 @@ def _qcow2(head: bytes, size: int) -> int:
     needed = -(-virtual_size // (cluster * entries))
     if virtual_size == 0 or virtual_size % SECTOR:
         raise ImageError(f"the qcow2 image says that its disk has {virtual_size} bytes")
-    if l1_entries < needed or l1_entries * 8 > _MAX_L1:
+    if l1_entries < needed or l1_entries * 8 > MAX_L1:
         raise ImageError(
             f"the qcow2 image says that its disk has {virtual_size} bytes, and its table is for "
             f"{l1_entries} times {cluster * entries}"
@@ -151,7 +149,7 @@ def _version_3(head: bytes) -> tuple[int, int]:
         raise ImageError("the header of the qcow2 image is cut short")
     incompatible: int
     header_length: int
-    incompatible, _, _, refcount_order, header_length = _HEADER_3.unpack_from(head, _HEADER.size)
+    incompatible, _, _, refcount_order, header_length = HEADER_3.unpack_from(head, HEADER.size)
     if incompatible & ~_KNOWN:
         raise ImageError(f"the qcow2 image has unknown features: {incompatible & ~_KNOWN:#x}")
     if incompatible & _EXTERNAL:

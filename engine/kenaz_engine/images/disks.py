@@ -1,73 +1,167 @@
-"""Ephemeral disks: copy-on-write overlays over an image's root disk."""
+"""Ephemeral disks: what a session may write to, made from an image's root disk that it never writes to.
+
+See docs/decisions/0031-ephemeral-disks.md for why no program is started.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
 
+from kenaz_engine.images import qcow2
+from kenaz_engine.images.diskfile import inspect_disk
 from kenaz_engine.images.errors import ImageError
+
+_CHUNK = 16 << 20  # bytes copied at once: some 10 ms, after which a cancel is heard
+
+if sys.platform == "linux":
+    import fcntl
+
+    _FICLONE = 0x40049409  # linux/fs.h
+
+    def _reflink(base: int, file: int) -> bool:
+        try:
+            fcntl.ioctl(file, _FICLONE, base)
+        except OSError as error:
+            # By ioctl_ficlone(2): another file system, or one that cannot, or not these files.
+            if error.errno in {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EPERM}:
+                return False
+            raise
+        return True
+
+else:
+
+    def _reflink(base: int, file: int) -> bool:
+        return False
 
 
 class DiskError(ImageError):
     """An ephemeral disk cannot be made."""
 
 
-async def create_overlay(
-    path: Path, *, base: Path, base_format: str, size: int, environment: Mapping[str, str] | None = None
-) -> None:
-    """Makes a qcow2 overlay of `size` bytes at `path`, over `base`, which is never written to.
+async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: str, size: int) -> str:
+    """Makes a disk of `size` bytes at `path` that begins as `base`, in the format that the driver takes.
 
-    `path` must not exist; it is made readable by the owner alone. `base` must be absolute, because qcow2
-    keeps the name as it is given. `environment` is added to that of qemu-img. Raises DiskError, with nothing
-    left at `path`, when `size` is less than that of a raw base, when the disk is full, or when qemu-img is
-    missing or refuses; FileExistsError when `path` exists.
+    `qcow2` is an overlay, which takes 0.3 ms whatever the size. `raw` is a copy that shares its blocks with
+    the base where the file system can do that, and else a copy of all that is not a hole. Returns which:
+    `overlay`, `reflink` or `copy`. `path` must not exist; its mode is 0600 whatever the umask. `base` must be
+    absolute, because qcow2 keeps the name as it is given.
+
+    Raises DiskError, with nothing left at `path`, when the base is not of `base_format` or does not stand
+    alone, when it is larger than `size`, when the driver cannot take it, or when the disk is full. Raises
+    FileExistsError when `path` exists, and OSError for a base that cannot be read.
     """
     if not base.is_absolute():
-        raise ValueError(f"the base of an overlay needs an absolute path, not {base}")
-    if base_format == "raw" and size < base.stat().st_size:
-        raise DiskError(
-            f"a disk of {size} bytes is smaller than its image of {base.stat().st_size} bytes",
-            "raise spec.machine.disk",
-        )
-    # Made here, so that the mode is right from the start and an existing file is never overwritten.
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    command = [
-        "qemu-img",
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-b",
-        str(base),
-        "-F",
-        base_format,
-        str(path),
-        str(size),
-    ]
-    variables = {**os.environ, "LC_ALL": "C", **(environment or {})}
+        raise ValueError(f"the base of a disk needs an absolute path, not {base}")
+    _check(base, base_format, disk_format, size)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        done = await trio.run_process(
-            command, capture_stdout=True, capture_stderr=True, check=False, env=variables
-        )
-        if done.returncode:
-            raise _failure(path, done)
-    except FileNotFoundError:
-        path.unlink(missing_ok=True)
-        raise DiskError("qemu-img is not installed", "apt-get install qemu-utils") from None
+        path.chmod(0o600)
+        with _room(path):
+            if disk_format == "qcow2":
+                _write_overlay(file, base, base_format, size)
+                return "overlay"
+            return await _copy(file, base, size)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(file)
 
 
-def _failure(path: Path, done: subprocess.CompletedProcess[bytes]) -> DiskError:
-    said = done.stderr.decode(errors="replace").strip()
-    if os.strerror(errno.ENOSPC) in said:
-        return DiskError(
-            f"no space left for the disk {path}", f"free space on the file system of {path.parent}"
+def _check(base: Path, base_format: str, disk_format: str, size: int) -> None:
+    found = inspect_disk(base)
+    if found.format != base_format:
+        raise DiskError(
+            f"{base} is a {found.format} image, and its manifest says {base_format}", "get the image again"
         )
-    return DiskError(f"qemu-img could not make {path}: {said.splitlines()[-1] if said else done.returncode}")
+    if size < found.virtual_size:
+        raise DiskError(
+            f"a disk of {size} bytes is smaller than its image of {found.virtual_size} bytes",
+            "raise spec.machine.disk",
+        )
+    if disk_format not in {"qcow2", "raw"}:
+        raise DiskError(f"no disk can be made in the format {disk_format}")
+    if (disk_format, base_format) == ("raw", "qcow2"):
+        raise DiskError(
+            "the driver takes raw disks only, and the image has a qcow2 disk",
+            "publish it with a raw disk: qemu-img convert -O raw",
+        )
+
+
+def _write_overlay(file: int, base: Path, base_format: str, size: int) -> None:
+    try:
+        length, pieces = qcow2.overlay(str(base), base_format, size)
+    except ValueError as error:
+        raise DiskError(str(error)) from None
+    for offset, piece in pieces.items():
+        os.lseek(file, offset, os.SEEK_SET)
+        _write(file, piece)
+    os.ftruncate(file, length)
+
+
+async def _copy(file: int, base: Path, size: int) -> str:
+    source = os.open(base, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _reflink(source, file):
+            how = "reflink"
+        else:
+            how = "copy"
+            for start, end in _extents(source):
+                for offset in range(start, end, _CHUNK):
+                    length = min(_CHUNK, end - offset)
+                    await trio.to_thread.run_sync(_copy_piece, source, file, offset, length)
+        os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
+        return how
+    finally:
+        os.close(source)
+
+
+def _copy_piece(source: int, file: int, offset: int, length: int) -> None:
+    os.lseek(source, offset, os.SEEK_SET)
+    os.lseek(file, offset, os.SEEK_SET)
+    while length and (data := os.read(source, min(length, 1 << 20))):
+        _write(file, data)
+        length -= len(data)
+
+
+def _extents(file: int) -> Iterator[tuple[int, int]]:
+    """Where the file holds data; all of it where the platform does not tell."""
+    end = os.fstat(file).st_size
+    if not hasattr(os, "SEEK_DATA"):
+        yield 0, end
+        return
+    at = 0
+    while at < end:
+        try:
+            start = os.lseek(file, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # holes up to the end
+                return
+            raise
+        at = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, at
+
+
+def _write(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskError(
+                f"no space left for the disk {path}", f"free space on the file system of {path.parent}"
+            ) from None
+        raise

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from kenaz_drivers.contract import MARK, DriverError, LaunchPlan, Machine
+from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.catalog import default_cache
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
-from kenaz_engine.images.disks import create_overlay
+from kenaz_engine.images.disks import create_disk
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.images.transfer import Notice, Progress, Watch
@@ -203,14 +203,11 @@ class Activities:
                 return made_directory(root), None
             image, size = self._image, self._prepared.resolved.machine.disk
             with _naming(root):
-                await create_overlay(
-                    root,
-                    base=image.root,
-                    base_format=image.root_format,
-                    size=size,
-                    environment={MARK: self._layout.mark},
+                how = await create_disk(
+                    root, root_format, base=image.root, base_format=image.root_format, size=size
                 )
-            return made_file(root), None
+            made = made_file(root)
+            return Made({**made.handle, "made": how}, made.release), None
 
         async def make_config() -> tuple[Made, None]:
             directory = config_format == "directory"

@@ -48,8 +48,11 @@ class Layout:
 
 
 def disk_formats(prepared: Prepared) -> tuple[str, str]:
-    """The formats of the root disk and of the config disk."""
-    root = prepared.capabilities.disk_formats[0]
+    """The formats of the root disk and of the config disk: the first that the driver takes and the image's
+    disk can become without being converted, which a qcow2 one cannot be to raw."""
+    offered = prepared.capabilities.disk_formats
+    convert = prepared.image is not None and prepared.image.root_format == "qcow2"
+    root = next((name for name in offered if not (convert and name == "raw")), offered[0])
     return root, "directory" if root == "directory" else "raw"
 
 
