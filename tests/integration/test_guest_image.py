@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,7 +45,7 @@ def image() -> Image:
 class Guest:
     """A running QEMU, and the launcher's end of its channel."""
 
-    def __init__(self, directory: Path, image: Image, *words: str) -> None:
+    def __init__(self, directory: Path, image: Image, *words: str, build: Path | None = None) -> None:
         self.console = directory / "console.log"
         self.console.touch()
         self._qmp = directory / "qmp"
@@ -52,6 +55,10 @@ class Guest:
             "KENAZ_CHANNEL": "virtio-serial:dev.kenaz.channel",
             "KENAZ_WORKBENCH_ARGS": json.dumps(words),
         }
+        if build is not None:
+            variables["KENAZ_WORKBENCH_BUILD"] = "2026.11"
+            digest = hashlib.sha256(build.read_bytes()).hexdigest()
+            variables["KENAZ_WORKBENCH_DIGEST"] = f"sha256:{digest}"
         config = directory / "config.iso"
         write_config_disk(config, {"kenaz.env": environment_file(variables)})
         overlay = directory / "root.qcow2"
@@ -60,7 +67,9 @@ class Guest:
             listener.bind(str(directory / "channel"))
             listener.listen()
             listener.settimeout(SECONDS)
-            self.process = subprocess.Popen(self._command(image, directory, overlay, config))
+            self.process = subprocess.Popen(
+                self._command(image, directory, overlay, config) + (attached(build) if build else [])
+            )
             self._connection, _ = listener.accept()
         self._connection.settimeout(SECONDS)
         self._stream = self._connection.makefile("rwb")
@@ -134,6 +143,11 @@ class Guest:
         self._connection.close()
 
 
+def attached(build: Path) -> list[str]:
+    drive = f"if=none,id=build,format=raw,readonly=on,file={build}"
+    return ["-drive", drive, "-device", "virtio-blk-pci,drive=build,serial=KENAZWB"]
+
+
 async def make_overlay(path: Path, image: Image) -> None:
     await create_disk(path, "qcow2", base=image.root, base_format=image.root_format, size=GIB)
 
@@ -145,10 +159,10 @@ class Boots:
         self._image = image
         self._guests: list[tuple[Guest, Path]] = []
 
-    def __call__(self, *words: str) -> Guest:
+    def __call__(self, *words: str, build: Path | None = None) -> Guest:
         # Short, because a socket's path has 107 bytes at most.
         directory = Path(tempfile.mkdtemp(prefix="kenaz-"))
-        guest = Guest(directory, self._image, *words)
+        guest = Guest(directory, self._image, *words, build=build)
         self._guests.append((guest, directory))
         return guest
 
@@ -249,12 +263,65 @@ def test_the_guest_may_end_by_itself(boot: Boots, word: str) -> None:
     assert {"poweroff": "Power down", "reboot": "Restarting system"}[word] in guest.console.read_text()
 
 
-def test_two_builds_give_the_same_bytes(tmp_path: Path, image: Image) -> None:
-    said: list[str] = []
-    again = load_image(build("x86_64", tmp_path / "image", report=said.append))
-    verify_image(again)
+def test_a_build_elsewhere_on_another_day_gives_the_same_bytes(image: Image) -> None:
+    """In memory instead of on a disk, three days later, in Tokyo, with a strict umask, on a host of another
+    name: only the packages' versions are the same."""
+    here = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="kenaz-", dir=here) as elsewhere:
+        command = ["faketime", "-f", "+3d", sys.executable, "-m", "kenaz_engine.guest.build"]
+        command += ["--output", f"{elsewhere}/image"]
+        if os.geteuid() == 0:
+            command = ["unshare", "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh", *command]
+        strange = {"TZ": "Asia/Tokyo", "LC_ALL": "tr_TR.UTF-8", "LANG": "de_DE.UTF-8", "PYTHONHASHSEED": "7"}
+        strange |= {"HOME": "/nonexistent", "TMPDIR": elsewhere}
+        said = subprocess.run(
+            command, check=True, capture_output=True, cwd="/", umask=0o077, env={**os.environ, **strange}
+        )
+        again = load_image(Path(elsewhere, "image", "image.json"))
+        verify_image(again)
+    assert said.stdout.startswith(b"building the demo image for x86_64")
+    assert {name: part.sha256 for name, part in again.parts.items()} == {
+        name: part.sha256 for name, part in image.parts.items()
+    }
     assert again.digest == image.digest
-    assert said[0] == "building the demo image for x86_64"
+
+
+def test_the_root_file_system_is_sound(image: Image) -> None:
+    check = shutil.which("e2fsck", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert check is not None
+    subprocess.run([check, "-fn", image.root], check=True, capture_output=True)
+
+
+@pytest.fixture
+def build_disk(tmp_path: Path) -> Path:
+    """A workbench's build, packed as builds are."""
+    tree, packed = tmp_path / "tree", tmp_path / "build.erofs"
+    (tree / "bin").mkdir(parents=True)
+    (tree / "bin/workbench").write_text("#!/bin/sh\n")
+    (tree / "README").write_text("a build\n" * 1000)
+    subprocess.run(["mkfs.erofs", packed, tree], check=True, capture_output=True)
+    return packed
+
+
+def test_a_workbench_build_is_there_whole_and_cannot_be_changed(boot: Boots, build_disk: Path) -> None:
+    digest = hashlib.sha256(build_disk.read_bytes()).hexdigest()
+    guest = boot("workbench", build=build_disk)
+    guest.welcome()
+    assert guest.answer_prompt() == (
+        f"build 2026.11: {build_disk.stat().st_size} bytes, sha256:{digest}, as promised, read-only, "
+        "holds README, bin/workbench"
+    )
+    guest.drain()
+
+
+def test_a_build_that_is_no_file_system_is_still_there(boot: Boots, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(b"build".ljust(4096, b"."))
+    guest = boot("workbench", build=raw)
+    guest.welcome()
+    assert guest.answer_prompt().endswith("as promised, read-only, holds nothing")
+    guest.drain()
+    assert "holds no file system that is known here" in guest.console.read_text()
 
 
 def test_an_architecture_that_dpkg_does_not_know_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import socket
@@ -163,6 +164,36 @@ def test_words_are_played_in_order(inside: Inside, capfd: pytest.CaptureFixture[
     said = capfd.readouterr().err
     assert "unknown word zork" in said
     assert "kenaz: emergency: asked for" in said
+
+
+def test_a_build_is_found_by_its_serial_number(
+    inside: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, place in {"BUILD": "files", "DISKS": "disks", "DEVICES": "devices"}.items():
+        (tmp_path / place).mkdir()
+        monkeypatch.setattr(guest, name, str(tmp_path / place))
+    for disk, serial in {"vda": "root", "vdb": "KENAZWB"}.items():
+        (tmp_path / "disks" / disk).mkdir()
+        (tmp_path / "disks" / disk / "serial").write_text(serial)
+    (tmp_path / "disks/loop0").mkdir()
+    (tmp_path / "devices/vdb").write_bytes(b"a build")
+    (tmp_path / "files/bin").mkdir()
+    (tmp_path / "files/bin/tool").touch()
+    digest = hashlib.sha256(b"a build").hexdigest()
+    monkeypatch.setattr(guest, "grow_root", lambda: None)
+    inside.start("workbench", owns_machine=True)
+    inside.welcome()
+    # It has neither the digest that was promised, for none was, nor is it protected here.
+    told = f"build : 7 bytes, sha256:{digest}, NOT as promised, writable, holds bin/tool"
+    inside.answers(told)
+    inside.drains()
+
+
+def test_without_a_machine_there_is_no_build(inside: Inside) -> None:
+    inside.start("workbench")
+    inside.welcome()
+    inside.answers("no build is attached for no name")
+    inside.drains()
 
 
 def test_a_word_is_played_once_on_a_disk(inside: Inside) -> None:

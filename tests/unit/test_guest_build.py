@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kenaz_engine.guest import build as builder
-from kenaz_engine.guest import cpio
+from kenaz_engine.guest import cpio, ext4
 from kenaz_engine.guest.recipe import (
     ARCHITECTURES,
     CONSOLE_PATTERNS,
@@ -261,6 +261,44 @@ def test_a_second_build_waits_for_the_first(tmp_path: Path) -> None:
         assert said.empty()
     assert said.get(timeout=10) == "in"
     thread.join()
+
+
+def test_a_tree_is_told_in_order_and_with_plain_permissions(tmp_path: Path) -> None:
+    for name, mode in {"b/tool": 0o700, "a": 0o600}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("content")
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "b").chmod(0o700)
+    (tmp_path / "c").symlink_to("b/tool")
+    told = ext4.commands(tmp_path, 1234)
+    assert [line for line in told if line.startswith(("mkdir", "write", "symlink"))] == [
+        f'write "{tmp_path}/a" "/a"',
+        'mkdir "/b"',
+        f'write "{tmp_path}/b/tool" "/b/tool"',
+        'symlink "/c" b/tool',
+    ]
+    modes = [line.split()[1:] for line in told if " mode " in line]
+    assert modes == [
+        ['"/a"', "mode", "0100644"],
+        ['"/b"', "mode", "040755"],
+        ['"/b/tool"', "mode", "0100755"],
+        ['"/c"', "mode", "0120777"],
+    ]
+    assert {word for line in told for word in line.split() if word.startswith("@")} == {"@1234"}
+    # Two files of one block each, a directory and a link, and what is to stay free.
+    assert ext4.options(tmp_path, 10 * 4096)[1] == 2 + 4 + 10
+
+
+def test_a_file_that_debugfs_cannot_take_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "large").write_bytes(b"x" * (1 << 20))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(builder.BuildError, match=r"debugfs could not fill the root file system: .*write"),
+    ):
+        patch.setattr(ext4, "options", lambda *_: (["-q", "-F", "-t", "ext4", "-b", "4096"], 64))
+        builder._make_ext4(root, tmp_path / "image", 1234)
 
 
 def test_console_patterns_raise_known_events_and_compile() -> None:

@@ -40,6 +40,9 @@ TERM_GRACE = 1.0
 """Seconds that a command has between SIGTERM and SIGKILL."""
 
 VIRTIO_SERIAL_PORT = "dev.kenaz.channel"
+BUILD, DISKS, DEVICES = "/run/kenaz/workbench", "/sys/block", "/dev"
+"""Where the init mounts the workbench's build, and where disks are looked for."""
+
 DEFAULT_PORT = 7881
 HOST_CID = 2
 FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.05, 1.0, 5.0
@@ -137,6 +140,7 @@ class Settings:
         self.token = variables.get("HARNESS_VM_TOKEN", "")
         self.port = int(variables.get("HARNESS_VM_PORT") or DEFAULT_PORT)
         self.build = variables.get("KENAZ_WORKBENCH_BUILD", "")
+        self.build_digest = variables.get("KENAZ_WORKBENCH_DIGEST", "")
         self.words: list[str] = json.loads(variables.get("KENAZ_WORKBENCH_ARGS") or "[]") or ["demo"]
         channel = variables.get("KENAZ_CHANNEL", "")
         self.channels = (
@@ -320,6 +324,47 @@ def _disk(agent: Agent, argument: str) -> Script:
     yield prompt(f"root file system has {fs.f_blocks * fs.f_frsize} bytes")
 
 
+def _workbench(agent: Agent, argument: str) -> Script:
+    """Says what build was attached: size, digest, whether it is the promised one, and its files."""
+    disk = _find_disk("KENAZWB") if agent.owns_machine else ""
+    if not disk:
+        yield prompt(f"no build is attached for {agent.settings.build or 'no name'}")
+        return
+    import hashlib
+
+    digest, size, access = hashlib.sha256(), 0, "writable"
+    with open(f"{DEVICES}/{disk}", "rb+", buffering=0) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+            size += len(data)
+        try:
+            file.seek(0)
+            file.write(b"changed")
+        except OSError:
+            access = "read-only"
+    found = f"sha256:{digest.hexdigest()}"
+    promised = "as promised" if found == agent.settings.build_digest else "NOT as promised"
+    names = sorted(
+        os.path.relpath(os.path.join(directory, name), BUILD)
+        for directory, _, files in os.walk(BUILD)
+        for name in files
+    )
+    holds = ", ".join(names) or "nothing"
+    yield prompt(f"build {agent.settings.build}: {size} bytes, {found}, {promised}, {access}, holds {holds}")
+
+
+def _find_disk(serial: str) -> str:
+    """The virtio disk of that serial number, as /dev has it; empty when there is none."""
+    for disk in sorted(os.listdir(DISKS)):
+        try:
+            with open(f"{DISKS}/{disk}/serial") as file:
+                if file.read().strip() == serial:
+                    return disk
+        except OSError:
+            continue
+    return ""
+
+
 def _idle(agent: Agent, argument: str) -> Script:
     yield from ()
 
@@ -416,6 +461,7 @@ BEHAVIOURS: dict[str, Callable[[Agent, str], Script]] = {
     "poweroff": _power_off,
     "read": _read,
     "reboot": _reboot,
+    "workbench": _workbench,
     "write": _write,
 }
 """By word of KENAZ_WORKBENCH_ARGS; `word:argument` hands an argument over. They run in order after welcome.

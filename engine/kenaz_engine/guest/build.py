@@ -17,14 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from kenaz_engine import __version__
-from kenaz_engine.guest import cpio
+from kenaz_engine.guest import cpio, ext4
 from kenaz_engine.guest.recipe import (
     AGENT,
     ARCHITECTURES,
@@ -36,6 +35,7 @@ from kenaz_engine.guest.recipe import (
     MODULES,
     OS_RELEASE,
     STDLIB,
+    WORKBENCH_MODULES,
     Architecture,
 )
 
@@ -102,8 +102,11 @@ def _which(tool: str) -> str | None:
     return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _run(tool: str, *arguments: str | Path, cwd: Path | None = None, stdin: bytes = b"") -> str:
-    """What the tool prints. Raises BuildError with the tool's last words when it fails."""
+def _run(
+    tool: str, *arguments: str | Path, cwd: Path | None = None, stdin: bytes = b"", complaints: bool = False
+) -> str:
+    """What the tool prints, or what it complains of where that is asked for. Raises BuildError with its last
+    words when it fails."""
     # The C locale, because some of the output is parsed.
     environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     command = [_which(tool) or tool, *map(str, arguments)]
@@ -111,7 +114,7 @@ def _run(tool: str, *arguments: str | Path, cwd: Path | None = None, stdin: byte
     if done.returncode:
         last = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-3:]
         raise BuildError(f"{tool} {arguments[0]} failed with status {done.returncode}: {' / '.join(last)}")
-    return done.stdout.decode(errors="replace")
+    return (done.stderr if complaints else done.stdout).decode(errors="replace")
 
 
 @contextmanager
@@ -166,7 +169,11 @@ def _resolve(target: Architecture) -> dict[str, str]:
 def _sources() -> list[str]:
     """Digests of what of this project goes into the image or says how it is made."""
     here = Path(__file__).parent
-    paths = [AGENT, *sorted(FILES.iterdir()), *(here / name for name in ("build.py", "cpio.py", "recipe.py"))]
+    paths = [
+        AGENT,
+        *sorted(FILES.iterdir()),
+        *(here / name for name in ("build.py", "cpio.py", "ext4.py", "recipe.py")),
+    ]
     return [__version__, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)]
 
 
@@ -421,12 +428,13 @@ def _fill_root(tree: Path, root: Path, modules: Modules) -> None:
     _copy(tree / "usr/bin/python3.11", root / "usr/bin/python3.11")
     (root / "bin/sh").symlink_to("busybox")
     _copy_libraries(tree, root)
-    late = modules.in_load_order([name for name in LATE_MODULES if name in modules])
     kenaz = root / "lib/kenaz"
     kenaz.mkdir(parents=True)
-    (kenaz / "order").write_text("".join(f"{name}\n" for name in late))
-    for name, content in late.items():
-        (kenaz / f"{name}.ko").write_bytes(content)
+    for order, wanted in (("order", LATE_MODULES), ("workbench.order", WORKBENCH_MODULES)):
+        needed = modules.in_load_order([name for name in wanted if name in modules])
+        (kenaz / order).write_text("".join(f"{name}\n" for name in needed))
+        for name, content in needed.items():
+            (kenaz / f"{name}.ko").write_bytes(content)
     (root / "etc/os-release").write_text(OS_RELEASE.format(version=__version__))
     (root / "etc/hostname").write_text("sigilos-demo\n")
     (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
@@ -478,28 +486,14 @@ def _copy_stdlib(minimal: Path, full: Path, destination: Path) -> None:
 
 
 def _make_ext4(root: Path, image: Path, epoch: int) -> None:
-    """Packs `root` into an ext4 image without a journal, owned by root, with the same bytes each time."""
-    used = sum(path.lstat().st_size + 4096 for path in root.rglob("*"))
-    blocks = (used + ROOT_SLACK) // 4096
-    features = "^has_journal,^metadata_csum,uninit_bg"
-    extended = f"root_owner=0:0,lazy_itable_init=1,hash_seed={_uuid('hash seed')}"
-    options = ("-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", features, "-E", extended)
-    _run("mke2fs", *options, "-L", "KENAZROOT", "-U", _uuid("root"), "-d", root, image, str(blocks))
-    # mke2fs takes owner and times from the files, and of these only the modification time can be set; the
-    # numbers are its own inodes: bad blocks, the room for growing, lost+found.
-    names = [f"/{path.relative_to(root).as_posix()}" for path in sorted(root.rglob("*"))]
-    commands = [f"set_current_time @{epoch}"]
-    commands += [f"set_super_value {field} @{epoch}" for field in ("mkfs_time", "lastcheck")]
-    for name in ("<1>", "<7>", "<11>", "/", *names):
-        commands += [f"set_inode_field {name} {field} 0" for field in ("uid", "gid")]
-        commands += [
-            f"set_inode_field {name} {field} @{epoch}" for field in ("atime", "ctime", "mtime", "crtime")
-        ]
-    _run("debugfs", "-w", "-f", "-", image, stdin="\n".join([*commands, ""]).encode())
-
-
-def _uuid(purpose: str) -> str:
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"https://kenaz.dev/demo-image/{purpose}"))
+    """Packs `root` into an ext4 image. debugfs says what it could not do, and ends with 0 all the same."""
+    options, blocks = ext4.options(root, ROOT_SLACK)
+    _run("mke2fs", *options, image, str(blocks))
+    script = "".join(f"{command}\n" for command in ext4.commands(root, epoch))
+    said = _run("debugfs", "-w", "-f", "-", image, stdin=script.encode(), complaints=True)
+    wrong = [line for line in said.splitlines() if not line.startswith("debugfs ")]  # its version
+    if wrong:
+        raise BuildError(f"debugfs could not fill the root file system: {wrong[0]}")
 
 
 def _manifest(

@@ -37,6 +37,9 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 LATE_MODULES = ("button", "gpio_keys", "evdev")
 """Modules on the root disk, loaded after the agent's start; one that the kernel does not have is left out."""
 
+WORKBENCH_MODULES = ("erofs", "squashfs")
+"""Modules on the root disk, loaded only where a workbench's build is attached: what builds are packed as."""
+
 STDLIB = ("json/*.py", "lib-dynload/_json.*.so")
 """What is taken from libpython3.11-stdlib, below usr/lib/python3.11; libpython3.11-minimal comes whole."""
 

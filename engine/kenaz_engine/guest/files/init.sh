@@ -13,6 +13,20 @@ busybox mount -t tmpfs -o mode=0755,nosuid,nodev run /run
 busybox mkdir -p -m 0700 /run/kenaz/meta
 busybox mount -o move /mnt /run/kenaz/meta 2>/dev/null
 
+# The workbench's build, where one is attached: a disk that nobody can write to.
+workbench() {
+    while read -r module; do
+        busybox insmod "/lib/kenaz/$module.ko" || echo "kenaz: module $module does not load"
+    done </lib/kenaz/workbench.order
+    busybox mkdir /run/kenaz/workbench
+    busybox mount -o ro,nosuid,nodev "/dev/$1" /run/kenaz/workbench 2>/dev/null ||
+        echo "kenaz: the workbench's build on $1 holds no file system that is known here"
+}
+for path in /sys/block/vd*; do
+    read -r serial <"$path/serial" # which does not end in a newline, so this is not true
+    [ "$serial" != KENAZWB ] || workbench "${path##*/}"
+done
+
 supervise() {
     tenths=1
     while :; do
