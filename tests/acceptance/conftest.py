@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,14 @@ class World:
             timeout=BOUND,
             env=self.environment,
             check=False,
+        )
+
+    def plan(self, *words: str, **options: str) -> subprocess.CompletedProcess[str]:
+        """What `plan` shows of the same session."""
+        command = self.command(*words, **options)
+        command[1] = "plan"
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=BOUND, env=self.environment, check=False
         )
 
     def start(self, *words: str, **options: str) -> subprocess.Popen[str]:
@@ -225,3 +235,50 @@ def token_of() -> Callable[[Path], str]:
         return found[1].decode()
 
     return read
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A directory, and where it is published."""
+    directory = tmp_path / "published"
+    directory.mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory)) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield directory, f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+class Signer:
+    """A publisher's minisign, with a key of its own."""
+
+    def __init__(self, key: Path) -> None:
+        self._key = key
+        made = ["minisign", "-G", "-W", "-f", "-p", f"{self._key}.pub", "-s", self._key]
+        subprocess.run(made, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        self.public = Path(f"{self._key}.pub").read_text().splitlines()[1]
+
+    def sign(self, path: Path, *options: str) -> None:
+        """Puts the signature beside the file."""
+        command = ["minisign", "-S", *options, "-s", self._key, "-m", path]
+        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def minisign(tmp_path: Path) -> Callable[[], Signer]:
+    """Makes publishers who sign."""
+    if shutil.which("minisign") is None:
+        pytest.skip("minisign is not installed")
+    made: list[Signer] = []
+
+    def make() -> Signer:
+        made.append(Signer(tmp_path / f"key-{len(made)}"))
+        return made[-1]
+
+    return make

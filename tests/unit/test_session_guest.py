@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from kenaz_drivers.contract import Disk
+from kenaz_engine.images.builds import Build
 from kenaz_engine.session.guest import (
     Layout,
     connector_ids,
@@ -52,6 +54,10 @@ async def test_the_boot_parameters(whole: Any) -> None:
         "KENAZ_WORKBENCH_ARGS": json.dumps(["demo"]),
         "KENAZ_MCP_ALLOWLIST": "fs",
     }
+    build = Build("7", Path("/b"), "sha256:00")
+    assert guest_variables(prepared, LAYOUT, "t", build)["KENAZ_WORKBENCH_DIGEST"] == "sha256:00"
+    # Of one that came packed and is not here, the digest is not known.
+    assert "KENAZ_WORKBENCH_DIGEST" not in guest_variables(prepared, LAYOUT, "t", replace(build, digest=""))
     runs = await whole.prepare("spec.lifecycle=ephemeral-exec", "spec.workbench.args=[ls]")
     assert not {"KENAZ_WORKBENCH_ARGS", "KENAZ_MCP_ALLOWLIST"} & guest_variables(runs, LAYOUT, "t").keys()
 
@@ -62,15 +68,27 @@ def test_a_pattern_that_names_no_connector_adds_none() -> None:
 
 async def test_a_machine_boots_its_image_and_a_process_is_the_agent(whole: Any) -> None:
     process = await whole.prepare()
-    assert disk_formats(process) == ("directory", "directory")
+    assert disk_formats(process, None) == ("directory", "directory")
     request = launch_request(process, LAYOUT, None)
     assert request.agent
     assert (request.kernel, request.initrd, request.cmdline) == ("", "", "")
     assert [disk.path for disk in request.disks] == ["/state/s1/root", "/state/s1/config"]
     machine = await whole.prepare(can={"disk_formats": ("qcow2", "raw")})
-    image: Any = SimpleNamespace(kernel=Path("/k"), initrd=Path("/i"), cmdline="quiet")
+    image: Any = SimpleNamespace(kernel=Path("/k"), initrd=Path("/i"), cmdline="quiet", root_format="raw")
     request = launch_request(machine, LAYOUT, image, cid=42)
     assert (request.kernel, request.initrd, request.cmdline, request.cid) == ("/k", "/i", "quiet", 42)
     assert request.agent == ()
     assert [disk.path for disk in request.disks] == ["/state/s1/root.qcow2", "/state/s1/config.raw"]
+    request = launch_request(machine, LAYOUT, image, Build("7", Path("/b"), "sha256:00"))
+    assert request.disks[-1] == Disk("workbench", "/b", "raw", readonly=True)
     assert LAYOUT.control == Path("/run/s1/control.sock")
+
+
+async def test_a_disk_that_cannot_become_raw_takes_the_next_format(whole: Any) -> None:
+    packed: Any = SimpleNamespace(root_format="qcow2")
+    plain: Any = SimpleNamespace(root_format="raw")
+    both = await whole.prepare(can={"disk_formats": ("raw", "qcow2")})
+    assert disk_formats(both, packed) == ("qcow2", "raw")
+    assert disk_formats(both, plain) == ("raw", "raw")
+    only = await whole.prepare(can={"disk_formats": ("raw",)})
+    assert disk_formats(only, packed) == ("raw", "raw")

@@ -16,6 +16,7 @@ import trio
 from kenaz_drivers.contract import Capabilities, LaunchPlan
 from kenaz_engine.cli.failures import ENVIRONMENT, SUCCESS
 from kenaz_engine.cli.output import Paint, plain, print_json, table
+from kenaz_engine.images.builds import Offered
 from kenaz_engine.lifecycle.analysis import abort_bound
 from kenaz_engine.lifecycle.model import Lifecycle
 from kenaz_engine.session.check import telling_all
@@ -135,6 +136,7 @@ def _lines(plan: Plan, paint: Paint) -> Iterator[str]:
         ("accelerator", capabilities.accelerator),
         ("transport", f"{prepared.transport}: {prepared.transport_reason}"),
         ("image", _image(plan)),
+        *([("build", _build(prepared.build))] if prepared.build else []),
         ("directory", str(plan.layout.directory)),
         ("sockets", str(plan.layout.sockets)),
     ]
@@ -224,6 +226,13 @@ def _image(plan: Plan) -> str:
     return f"{image.name}:{image.tag} {image.digest}"
 
 
+def _build(offered: Offered) -> str:
+    name = offered.name
+    return (
+        f"{name} {offered.here.digest}" if offered.here else f"{name} is not here yet: the session fetches it"
+    )
+
+
 def _bound_words(lifecycle: Lifecycle) -> str:
     bound = abort_bound(lifecycle, VOCABULARY).seconds
     return (
@@ -266,6 +275,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "isolates": capabilities.isolates,
         "transport": {"name": prepared.transport, "reason": prepared.transport_reason},
         "image": _image_data(plan),
+        "build": prepared.build
+        and {"name": prepared.build.name, "digest": prepared.build.here and prepared.build.here.digest},
         "directory": str(plan.layout.directory),
         "sockets": str(plan.layout.sockets),
         "lifecycle": prepared.lifecycle.name,

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -93,21 +94,43 @@ def user_catalog() -> Path:
 
 def catalog() -> dict[str, Entry]:
     """All images that can be named: the user's before the shipped ones. Raises InvalidFile and ImageError."""
-    shipped = resources.files("kenaz_specs").joinpath("images/catalog.yaml").read_text("utf-8")
+    return {name: entry for text, file in _files() for name, entry in load_catalog(text, file).items()}
+
+
+def artifacts() -> dict[str, dict[str, Published]]:
+    """All workbenches' builds that can be named, by architecture or `any`: as `catalog`."""
+    return {name: offers for text, file in _files() for name, offers in load_artifacts(text, file).items()}
+
+
+def _files() -> Iterator[tuple[str | bytes, str]]:
+    """The content and the name of each catalog; what a later one says counts."""
+    yield resources.files("kenaz_specs").joinpath("images/catalog.yaml").read_text("utf-8"), "catalog.yaml"
     path = user_catalog()
     try:
-        own = path.read_bytes()
+        yield path.read_bytes(), str(path)
     except FileNotFoundError:
         if os.environ.get("KENAZ_CATALOG"):
             raise ImageError(f"there is no catalog {path}", "see KENAZ_CATALOG") from None
-        return load_catalog(shipped, "catalog.yaml")
     except OSError as error:
         raise ImageError(f"the catalog {path} cannot be read: {error.strerror}") from None
-    return load_catalog(shipped, "catalog.yaml") | load_catalog(own, str(path))
 
 
 def load_catalog(text: str | bytes, file: str) -> dict[str, Entry]:
-    """The catalog that `text` describes, which came from `file`. Raises InvalidFile with every fault."""
+    """The images of the catalog that `text` describes, which came from `file`. Raises InvalidFile with every
+    fault."""
+    return {name: _entry(name, data) for name, data in _checked(text, file)["images"].items()}
+
+
+def load_artifacts(text: str | bytes, file: str) -> dict[str, dict[str, Published]]:
+    """The builds of that catalog. Raises InvalidFile with every fault."""
+    return {
+        name: {arch: _published(part) for arch, part in data["arch"].items()}
+        for name, data in _checked(text, file).get("artifacts", {}).items()
+    }
+
+
+@lru_cache(maxsize=4)
+def _checked(text: str | bytes, file: str) -> Mapping[str, Any]:
     faults: list[Fault] = []
     document = yamlfile.parse(text, file, faults)
     if wrong := schema.check_kind(document, "Catalog"):
@@ -116,7 +139,8 @@ def load_catalog(text: str | bytes, file: str) -> dict[str, Entry]:
     faults += yamlfile.untold(_meaning_faults(document), faults)
     if faults:
         yamlfile.refuse(faults)
-    return {name: _entry(name, data) for name, data in document.data["images"].items()}
+    data: Mapping[str, Any] = document.data
+    return data
 
 
 # --- what a schema cannot say -------------------------------------------------------------------------------
@@ -127,6 +151,9 @@ def _meaning_faults(document: Document) -> Iterator[Fault]:
     for name, image in _mapping(_mapping(document.data).get("images")).items():
         for arch, place in _mapping(_mapping(image).get("arch")).items():
             yield from _place_faults(document, ("images", name, "arch", arch), _mapping(place))
+    for name, artifact in _mapping(_mapping(document.data).get("artifacts")).items():
+        for arch, part in _mapping(_mapping(artifact).get("arch")).items():
+            yield from _part_faults(document, ("artifacts", name, "arch", arch), _mapping(part))
 
 
 def _place_faults(document: Document, path: yamlfile.Path, place: Mapping[str, Any]) -> Iterator[Fault]:
@@ -271,6 +298,8 @@ __all__ = [
     "Offer",
     "Published",
     "Source",
+    "artifacts",
     "catalog",
+    "load_artifacts",
     "load_catalog",
 ]

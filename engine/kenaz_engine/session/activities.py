@@ -23,10 +23,12 @@ from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
+from kenaz_engine.images.builds import Build, Offered
 from kenaz_engine.images.catalog import default_cache
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
 from kenaz_engine.images.disks import create_disk
 from kenaz_engine.images.errors import ImageError
+from kenaz_engine.images.locks import Held
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.images.transfer import Notice, Progress, Watch
 from kenaz_engine.lifecycle.machine import Event
@@ -93,6 +95,7 @@ class Activities:
         self._claim: Claim | None = None
         self._token = secrets.token_urlsafe(32)
         self._image: Image | None = None
+        self._build: Build | None = None
         self._listener: Listener | None = None
         self._machine: Machine | None = None
         self._machine_ready_or_not = trio.Event()
@@ -163,22 +166,37 @@ class Activities:
             base=resolved.beside(""),
             offline=self._prepared.offline,
         )
-        image, held = ensured.image, ensured.held
+        image, held = ensured.image, [ensured.held]
         for note in ensured.notes:
             self._note_image(note)
 
         async def make() -> tuple[Made, None]:
             async def release() -> None:
-                held.close()
+                for one in held:
+                    one.close()
 
             return Made(file_handle(image.root), release), None
 
         try:
-            await work.ledger.acquire("image", "image-reference", {"digest": image.digest}, make)
+            if self._prepared.build is not None:
+                held.append(await self._ensure_build(self._prepared.build))
+            intent = {"digest": image.digest}
+            if self._build is not None:
+                intent["build"] = self._build.digest
+            await work.ledger.acquire("image", "image-reference", intent, make)
         except BaseException:
-            held.close()
+            for one in held:
+                one.close()
             raise
         self._image = image
+
+    async def _ensure_build(self, offered: Offered) -> Held:
+        from kenaz_engine.images.builds import ensure_build
+
+        self._build, held = await ensure_build(
+            offered, default_cache(), watch=self._seen, offline=self._prepared.offline
+        )
+        return held
 
     def _seen(self, seen: Progress | Notice) -> None:
         if isinstance(seen, Notice):
@@ -190,12 +208,12 @@ class Activities:
         self._recorder.append("note", {"about": "image", "text": text})
 
     async def _allocate(self, work: Work) -> None:
-        root_format, config_format = disk_formats(self._prepared)
+        root_format, config_format = disk_formats(self._prepared, self._image)
         root = self._layout.disk("root", root_format)
         config = self._layout.disk("config", config_format)
-        files = {
-            ENVIRONMENT_FILE: environment_file(guest_variables(self._prepared, self._layout, self._token))
-        }
+        build = self._build or (self._prepared.build.planned if self._prepared.build else None)
+        variables = guest_variables(self._prepared, self._layout, self._token, build)
+        files = {ENVIRONMENT_FILE: environment_file(variables)}
 
         async def make_root() -> tuple[Made, None]:
             if self._image is None:
@@ -258,7 +276,8 @@ class Activities:
 
     async def _start_machine(self, work: Work) -> None:
         cid = self._claim.cid if self._claim else None
-        plan = self._prepared.driver.plan(launch_request(self._prepared, self._layout, self._image, cid=cid))
+        request = launch_request(self._prepared, self._layout, self._image, self._build, cid=cid)
+        plan = self._prepared.driver.plan(request)
 
         async def make() -> tuple[Made, Machine]:
             machine = await work.start(partial(self._own_machine, plan, work.ledger.last, work))

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
+from kenaz_engine.images.builds import Build
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
 from kenaz_engine.session.prepared import Prepared
@@ -47,11 +48,11 @@ class Layout:
         return self.directory / (role if disk_format == "directory" else f"{role}.{disk_format}")
 
 
-def disk_formats(prepared: Prepared) -> tuple[str, str]:
+def disk_formats(prepared: Prepared, image: Image | None) -> tuple[str, str]:
     """The formats of the root disk and of the config disk: the first that the driver takes and the image's
     disk can become without being converted, which a qcow2 one cannot be to raw."""
     offered = prepared.capabilities.disk_formats
-    convert = prepared.image is not None and prepared.image.root_format == "qcow2"
+    convert = image is not None and image.root_format == "qcow2"
     root = next((name for name in offered if not (convert and name == "raw")), offered[0])
     return root, "directory" if root == "directory" else "raw"
 
@@ -67,8 +68,11 @@ def guest_address(prepared: Prepared, layout: Layout) -> str:
             return f"unix:{layout.channel}"
 
 
-def guest_variables(prepared: Prepared, layout: Layout, token: str) -> dict[str, str]:
-    """The boot parameters, by the names that images read (docs/reference/image.md)."""
+def guest_variables(
+    prepared: Prepared, layout: Layout, token: str, build: Build | None = None
+) -> dict[str, str]:
+    """The boot parameters, by the names that images read (docs/reference/image.md). `build` is what the
+    catalogs have under the name of the workbench's build."""
     resolved = prepared.resolved
     variables = {
         "HARNESS_VM_TOKEN": token,
@@ -79,6 +83,8 @@ def guest_variables(prepared: Prepared, layout: Layout, token: str) -> dict[str,
         "KENAZ_WORKBENCH_BUILD": resolved.workbench.build,
         **{f"KENAZ_ENVGRANT_{name}": value for name, value in resolved.workbench.env.items()},
     }
+    if build is not None and build.digest:
+        variables["KENAZ_WORKBENCH_DIGEST"] = build.digest
     if not executes(prepared.lifecycle):
         variables["KENAZ_WORKBENCH_ARGS"] = json.dumps(list(resolved.workbench.args))
     connectors = connector_ids(resolved.tools.allow)
@@ -104,11 +110,17 @@ def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple
 
 
 def launch_request(
-    prepared: Prepared, layout: Layout, image: Image | None, *, cid: int | None = None
+    prepared: Prepared,
+    layout: Layout,
+    image: Image | None,
+    build: Build | None = None,
+    *,
+    cid: int | None = None,
 ) -> LaunchRequest:
-    """What the driver plans from. `image` is None for drivers that boot none."""
+    """What the driver plans from. `image` is None for drivers that boot none, which get no `build` either."""
     resolved = prepared.resolved
-    root, config = disk_formats(prepared)
+    root, config = disk_formats(prepared, image)
+    workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
     return LaunchRequest(
         session=resolved.id,
         directory=str(layout.directory),
@@ -125,6 +137,7 @@ def launch_request(
         disks=(
             Disk("root", str(layout.disk("root", root)), root),
             Disk("config", str(layout.disk("config", config)), config, readonly=True),
+            *((workbench,) if workbench else ()),
         ),
         display=resolved.machine.display,
         network=resolved.network,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
 from kenaz_drivers.registry import choose, load
+from kenaz_engine.images.builds import Offered, find_build, offline_without
 from kenaz_engine.images.catalog import Located, default_cache, locate
 from kenaz_engine.images.errors import ImageError, ImageMissing
 from kenaz_engine.images.manifest import Image, Part
@@ -63,7 +64,8 @@ def plan_launch(prepared: Prepared, layout: Layout) -> LaunchPlan:
     """What the driver would do, with the image at hand, or one like that which is to be fetched. Raises
     DriverError for what it cannot do."""
     image = _STAND_IN if prepared.fetches else prepared.image
-    return prepared.driver.plan(launch_request(prepared, layout, image))
+    build = prepared.build.planned if prepared.build else None
+    return prepared.driver.plan(launch_request(prepared, layout, image, build))
 
 
 async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepared:
@@ -77,6 +79,7 @@ async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepare
     image, missing, fetches = (None, None, False)
     if capabilities.boots_image:
         image, missing, fetches = _image(resolved, arch, offline)
+    build, no_build = _build(resolved, arch, offline and capabilities.boots_image)
     return Prepared(
         resolved=resolved,
         arch=arch,
@@ -86,11 +89,12 @@ async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepare
         considered=considered,
         transport=transport,
         transport_reason=reason,
-        notes=tuple(_notes(driver, capabilities, considered)),
+        notes=tuple(_notes(driver, capabilities, considered, build)),
         image=image,
-        missing=missing,
+        missing=missing or no_build,
         fetches=fetches,
         offline=offline,
+        build=build,
     )
 
 
@@ -122,6 +126,19 @@ def _image(
     if located.step is Step.UNREACHABLE:
         return None, ImageMissing(f"offline, and {located.missing}", _hint(located)), False
     return located.image, located.missing, False
+
+
+def _build(resolved: ResolvedSession, arch: str, offline: bool) -> tuple[Offered | None, ImageError | None]:
+    """What the catalogs have under the name of the build; why it cannot be had."""
+    if not resolved.workbench.build:
+        return None, None
+    try:
+        offered = find_build(resolved.workbench.build, arch, default_cache())
+    except ImageError as error:
+        return None, error
+    if offered is not None and offered.here is None and offline and offered.is_remote:
+        return None, offline_without(offered)
+    return offered, None
 
 
 def _hint(located: Located) -> str:
@@ -160,7 +177,9 @@ def _transport(resolved: ResolvedSession, driver: Driver, capabilities: Capabili
     return wanted, "asked for by the spec"
 
 
-def _notes(driver: Driver, capabilities: Capabilities, considered: Considered) -> list[str]:
+def _notes(
+    driver: Driver, capabilities: Capabilities, considered: Considered, build: Offered | None
+) -> list[str]:
     notes = []
     for name, other in considered:
         if name != driver.name:
@@ -170,6 +189,10 @@ def _notes(driver: Driver, capabilities: Capabilities, considered: Considered) -
     if capabilities.deadline_scale != 1.0:
         scale = f"x{capabilities.deadline_scale:g} under {capabilities.accelerator}"
         notes.append(f"deadlines that wait for the guest are {scale}")
+    if build is not None and not capabilities.boots_image:
+        notes.append(
+            f"the driver {driver.name} attaches no build: the guest is told its name and digest only"
+        )
     if not capabilities.isolates:
         notes.append(f"the driver {driver.name} isolates nothing: the guest is a process of yours")
     return notes
