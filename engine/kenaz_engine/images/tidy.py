@@ -60,8 +60,8 @@ class Litter:
 
 
 def litter(store: Store, images: Iterable[Kept], now: float) -> Iterator[Litter]:
-    """Blobs without an image, downloads that nobody goes on with for a day, locks that nobody holds, what was set
-    aside as damaged."""
+    """Blobs without an image, downloads that nobody goes on with for a day, locks that nobody holds, what was
+    set aside as damaged."""
     for digest in unreferenced(store.present(), images):
         path = store.blob(digest)
         if not in_use(path):
