@@ -100,9 +100,9 @@ class Sessions:
 
 @pytest.fixture
 def sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sessions]:
-    monkeypatch.setenv("KENAZ_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("KENAZ_STATE_DIR", str(tmp_path / "s"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    made = Sessions(tmp_path / "state")
+    made = Sessions(tmp_path / "s")
     yield made
     for lock in made.locks:
         lock.close()
