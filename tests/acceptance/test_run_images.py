@@ -91,9 +91,11 @@ def test_a_session_fetches_its_image_holds_it_and_gives_it_back(publisher: Publi
     assert lines[-1]["left"] == []
     # The second time it is here, also without a network; and then nobody uses it.
     shutil.rmtree(publisher.directory)
-    again = world.run("--offline", driver="qemu", image="sigil")
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = world.run(
+        "--offline", "--session-id", "again", driver="qemu", image="sigil", **{"timeouts.connecting": "100ms"}
+    )
     assert "note: offline: image sigil is from" in again.stdout
+    assert "connecting" in world.path("again")
     assert publisher.image("rm", "sigil").returncode == 0
 
 

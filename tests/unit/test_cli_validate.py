@@ -220,6 +220,17 @@ SCENARIO = """
 """
 
 
+def test_a_catalog_and_a_wrong_one(put: Put, capsys: Capture) -> None:
+    text = "apiVersion: kenaz.dev/v1\nkind: Catalog\nimages: {a: {arch: {x86_64: {hint: x}}}}\n"
+    assert main(["validate", put(text)]) == 0
+    assert capsys.readouterr().out == "file.yaml: ok: catalog\n"
+    assert main(["validate", "--json", put(text)]) == 0
+    [found] = json.loads(capsys.readouterr().out)["files"]
+    assert (found["kind"], found["ok"], "lifecycle" in found) == ("Catalog", True, False)
+    assert main(["validate", put(text.replace("hint", "hnit"))]) == 2
+    assert "file.yaml:3:30: images.a.arch.x86_64.hnit: this key is unknown" in capsys.readouterr().err
+
+
 def test_a_scenario_and_a_wrong_one(put: Put, capsys: Capture) -> None:
     """Warnings of its lifecycle are not the scenario's."""
     put(WARNED, "own.yaml")

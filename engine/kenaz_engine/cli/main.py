@@ -36,7 +36,7 @@ COMMANDS = {
     "end": "ask sessions to end",
     "kill": "end sessions now, also ones that hang",
     "reap": "give back what dead sessions left, and remove old records",
-    "image": "list and fetch images",
+    "image": "list, fetch and look after images",
     "doctor": "say what this host can run, and what is missing",
     "version": "print the version",
 }

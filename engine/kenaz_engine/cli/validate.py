@@ -87,7 +87,7 @@ def examine_file(path: str) -> Report:
             from kenaz_engine.images.catalogfile import load_catalog
 
             load_catalog(text, file)
-            return Report(file, kind, [])
+            return Report(file, kind, ())
         return _examine_session(text, file)
     except InvalidFile as invalid:
         return Report(file, kind, invalid.faults)
@@ -118,7 +118,8 @@ def fault_line(fault: Fault, paint: Paint) -> str:
 
 def _summary(report: Report) -> str:
     lifecycle = report.lifecycle
-    assert lifecycle is not None
+    if lifecycle is None:
+        return report.kind.lower()
     what = (
         "lifecycle" if report.kind == "Lifecycle" else f"{report.kind.lower()} on lifecycle {lifecycle.name}"
     )
