@@ -98,14 +98,45 @@ class World:
         marks = [str(root).encode() for root in roots]
         sockets = Path("/proc/net/unix").read_bytes().splitlines()
         found += [line.decode() for line in sockets if any(mark in line for mark in marks)]
-        for process in Path("/proc").glob("[0-9]*/cmdline"):
+        return found + self.processes()
+
+    def processes(self) -> list[str]:
+        """The processes that have this place in their command line or their environment."""
+        marks = [str(root).encode() for root in (self.state, self.runtime)]
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                words = process.read_bytes()
+                words = (process / "cmdline").read_bytes()
+                surroundings = (process / "environ").read_bytes()
             except OSError:
                 continue
-            if any(mark in words for mark in marks):
-                found.append(words.decode("utf-8", "replace"))
+            if any(mark in words or mark in surroundings for mark in marks):
+                found.append(f"{process.name}: {words.decode('utf-8', 'replace')}")
         return found
+
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Any command of the launcher."""
+        return subprocess.run(
+            [LAUNCHER, *words],
+            capture_output=True,
+            text=True,
+            timeout=BOUND,
+            env=self.environment,
+            check=False,
+        )
+
+    def status(self, session: str) -> str | None:
+        """What `ps` says of a session."""
+        listed = json.loads(self.call("ps", "--all", "--json").stdout)
+        return next((one["status"] for one in listed if one["id"] == session), None)
+
+    def reap(self, *words: str) -> dict[str, Any]:
+        """What `reap --json` says; whatever it finds, it leaves nothing."""
+        done = self.call("reap", "--json", *words)
+        assert done.stderr == ""
+        told: dict[str, Any] = json.loads(done.stdout)
+        assert done.returncode == (0 if told["ok"] else 1)
+        return told
 
     def directory(self, session: str) -> Path:
         return self.state / "sessions" / session
@@ -141,6 +172,23 @@ def world(tmp_path: Path) -> Iterator[World]:
         world = World(tmp_path, Path(runtime))
         yield world
         assert world.left() == []
+
+
+@pytest.fixture
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], World]]:
+    """Makes places where sessions are run, which do not see each other; afterwards nothing may be left."""
+    made: list[World] = []
+    base = tmp_path_factory.mktemp("w")
+    with tempfile.TemporaryDirectory(prefix="kz-") as runtime:
+
+        def make() -> World:
+            place = Path(runtime, str(len(made)))
+            place.mkdir(mode=0o700)
+            made.append(World(base / place.name, place))
+            return made[-1]
+
+        yield make
+        assert [left for world in made for left in world.left()] == []
 
 
 @pytest.fixture(scope="session")

@@ -151,21 +151,21 @@ async def reap(path: Path, deadline: float) -> Reaped:
             clean = result.status in ("reaped", "ended")
         finally:
             lock.close(remove=clean)
-    except FAILURES as exc:
+    except Exception as exc:
         return Reaped(path.name, path, "refused", message=_said(exc))
     return result
 
 
-FAILURES = (Refused, Damaged, DirectoryError, OSError, KeyError, TypeError, AttributeError)
-"""What a session on disk may lead to; the last ones come of records that lack something."""
-
-
 def _said(exc: Exception) -> str:
-    if isinstance(exc, Refused | DirectoryError):
-        return str(exc)
-    if isinstance(exc, OSError):
-        return (f"{exc.filename}: " if exc.filename else "") + (exc.strerror or str(exc))
-    return f"its journal is damaged: {exc if isinstance(exc, Damaged) else f'a record is wrong: {exc!r}'}"
+    """Whatever is wrong with one session, the others are none the worse for it."""
+    match exc:
+        case Refused() | DirectoryError():
+            return str(exc)
+        case OSError():
+            return (f"{exc.filename}: " if exc.filename else "") + (exc.strerror or str(exc))
+        case Damaged():
+            return f"its journal is damaged: {exc}"
+    return f"its journal cannot be understood: {type(exc).__name__}: {exc}"
 
 
 def look(path: Path) -> Reaped:
@@ -175,7 +175,7 @@ def look(path: Path) -> Reaped:
     try:
         recording = _read(path)
         held = still_held(recording.records) if recording else []
-    except FAILURES as exc:
+    except Exception as exc:
         return Reaped(path.name, path, "refused", message=_said(exc))
     if recording is None:
         return Reaped(path.name, path, "dead", message=_NOT_BEGUN)

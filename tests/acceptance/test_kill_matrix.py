@@ -1,0 +1,186 @@
+"""The launcher is killed at every record of a session; `reap` gives back all it held, and the journal reads.
+
+How a record is chosen is in kenaz_engine/journal/mortal.py: before it is written, half-way, or after it. The
+whole matrix is in `make test-all`; `make test` has the points after which something is there, or gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from kenaz_engine.journal.reader import read_journal
+from kenaz_engine.replay.replayer import check_shape, replay
+from kenaz_engine.session.directory import see
+from kenaz_engine.session.reap import Reaped, reap
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+SESSION = "k"
+AT_ONCE = 4
+"""Sessions that are killed at a time; an emulated machine takes a core."""
+
+PROCESS = {"driver": "process"}
+QEMU = {"driver": "qemu", "driverOptions.qemu.accel": "tcg", "behaviour": "bye"}
+
+Worlds = Callable[[], Any]
+
+
+def pieces(world: Any, **options: str) -> list[dict[str, Any]]:
+    """The records of a session that nobody disturbs."""
+    done = world.run("--session-id", SESSION, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records: list[dict[str, Any]] = world.records(SESSION)
+    return records
+
+
+def die_at(world: Any, point: str, **options: str) -> None:
+    """Runs a session whose launcher dies there. Nobody cleans up, yet no process outlives it."""
+    done = subprocess.run(
+        world.command("--session-id", SESSION, **options),
+        env={**world.environment, "KENAZ_TEST_KILL": point},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, f"{point}: {done.returncode} {done.stdout} {done.stderr}"
+    world.until(lambda: world.processes() == [])
+
+
+def reap_and_look(world: Any, point: str) -> str:
+    """Reaps, and holds what comes of it; returns how."""
+    directory = world.directory(SESSION)
+    shown = see(directory).status
+    result = trio.run(_reap, directory)
+    assert result.status in ("reaped", "ended"), (point, result)
+    assert world.left() == [], point
+    if result.message:
+        assert (shown, result.message) == ("dead", "it died before its first record"), point
+        assert not directory.exists()
+        return "gone"
+    assert shown == ("dead" if result.status == "reaped" else "ended"), point
+    recording = read_journal(directory / "journal.jsonl")
+    for record in recording.records:
+        check_shape(record)
+    assert recording.end is not None, point
+    assert recording.end["left"] == []
+    assert not recording.torn, point
+    again = replay(recording)
+    assert again.ok, f"{point}: {again}"
+    assert see(directory).status == "ended"
+    assert trio.run(_reap, directory).status == "ended"
+    assert read_journal(directory / "journal.jsonl") == recording
+    return str(result.status)
+
+
+async def _reap(directory: Path) -> Reaped:
+    return await reap(directory, trio.current_time() + 60)
+
+
+def matrix(worlds: Worlds, points: Iterable[str], **options: str) -> Counter[str]:
+    def one(point: str) -> str:
+        world = worlds()
+        die_at(world, point, **options)
+        return reap_and_look(world, point)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return Counter(pool.map(one, points))
+
+
+def test_killed_where_something_was_just_made_or_given_back(worlds: Worlds) -> None:
+    records = pieces(worlds(), **PROCESS)
+    made = [r["seq"] for r in records if r["kind"] in ("header", "intent", "acquired", "released", "end")]
+    points = ["before:0", "torn:0", "before:1", "torn:9", *(f"after:{seq}" for seq in made)]
+    came = matrix(worlds, points, **PROCESS)
+    assert came == {"gone": 2, "reaped": len(points) - 3, "ended": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("driver", ["process", "qemu"])
+def test_killed_before_and_after_every_record(
+    worlds: Worlds, driver: str, part: int, request: pytest.FixtureRequest
+) -> None:
+    if driver == "qemu":
+        request.getfixturevalue("qemu")
+    options = QEMU if driver == "qemu" else PROCESS
+    count = len(pieces(worlds(), **options))
+    points = [f"{where}:{seq}" for seq in range(count) for where in ("before", "after")]
+    came = matrix(worlds, points[part::4], **options)
+    gone, ended = (part == points.index(one) % 4 for one in ("before:0", f"after:{count - 1}"))
+    assert (came["gone"], came["ended"], came.total()) == (gone, ended, len(points[part::4]))
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        pytest.param(4, PROCESS, id="process"),
+        pytest.param(60, PROCESS, id="process-long", marks=pytest.mark.slow),
+        pytest.param(10, QEMU, id="qemu-long", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_time(worlds: Worlds, count: int, options: dict[str, str]) -> None:
+    """Between records, too: in the middle of what they are about. Half of them with all of its group."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    whole = 0.9 if options is PROCESS else 6.0
+    plan = [(draw.uniform(0.2, whole), draw.random() < 0.5) for _ in range(count)]
+
+    def one(when: tuple[float, bool]) -> None:
+        world, (seconds, group) = worlds(), when
+        with subprocess.Popen(
+            world.command("--session-id", SESSION, **options),
+            env=world.environment,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as running:
+            time.sleep(seconds)
+            (os.killpg if group else os.kill)(running.pid, signal.SIGKILL)
+        world.until(lambda: world.processes() == [])
+        if world.directory(SESSION).exists():
+            reap_and_look(world, f"{when} of seed {seed}")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, plan))
+
+
+def test_a_reaper_that_is_killed_is_followed_by_one_that_goes_on(worlds: Worlds) -> None:
+    """Each lives to write one record more than the one before it, until nothing is left to do."""
+    world = worlds()
+    die_at(world, "after:20", **PROCESS)
+    journal = world.directory(SESSION) / "journal.jsonl"
+    died = 0
+    for lived, where in zip(itertools.count(), itertools.cycle(("before", "torn", "after"))):
+        length = len(read_journal(journal).records)
+        done = subprocess.run(
+            [sys.executable, "-m", "kenaz_engine.cli.main", "reap"],
+            env={**world.environment, "KENAZ_TEST_KILL": f"{where}:{length + lived}"},
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        assert world.status(SESSION) in ("dead", "ended")
+        died += 1
+    assert died >= 3
+    reap_and_look(world, "the last")
+    kinds = Counter(r["kind"] for r in read_journal(journal).records)
+    assert kinds["reap"] >= 3
+    assert kinds["released"] == kinds["intent"]
