@@ -89,8 +89,10 @@ class LaunchRequest:
     `channel` is the path of the UNIX socket on which the launcher listens (empty for AF_VSOCK, where `cid`
     and `port` say where the guest will dial from and to). `runtime` is a short directory for sockets of the
     driver's own; `directory` is the session's state directory. `agent` is the command that *is* the guest
-    for drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `unix`. `mark` is a name
-    that nothing else ever has: whatever `launch` makes must be found by it, also when nobody saw it made.
+    for drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `unix`, `tcp`. For `tcp`
+    the driver forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is
+    0 where it is not known yet. `mark` is a name that nothing else ever has: whatever `launch` makes must be
+    found by it, also when nobody saw it made.
     """
 
     session: str
@@ -109,6 +111,7 @@ class LaunchRequest:
     display: str = "none"
     network: str = "none"
     cid: int | None = None
+    forward: int = 0
     agent: tuple[str, ...] = ()
     mark: str = ""
     options: JsonObject = field(default_factory=dict)

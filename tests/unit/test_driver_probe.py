@@ -69,7 +69,7 @@ async def test_kvm_that_runs_guests_is_taken_and_the_answer_kept(fake_qemu, cach
     options, runs = fake_qemu()
     found = await module.probe("x86_64", options)
     assert (found.usable, found.accelerator, found.deadline_scale) == (True, "kvm", 1.0)
-    assert found.transports == ("virtio-serial",)
+    assert found.transports == ("virtio-serial", "tcp")
     assert found.data["facts"]["version"] == "9.9.9"
     assert found.data["fallback"] == ""
     assert runs() == 5
@@ -127,7 +127,7 @@ async def test_a_device_that_does_not_open_is_named(fake_qemu, devices, number, 
 async def test_vsock_comes_first_where_its_device_opens(fake_qemu, devices):
     devices["/dev/vhost-vsock"] = 0
     options, _ = fake_qemu()
-    assert (await module.probe("x86_64", options)).transports == ("vsock", "virtio-serial")
+    assert (await module.probe("x86_64", options)).transports == ("vsock", "virtio-serial", "tcp")
 
 
 async def test_an_accelerator_that_does_not_exist_here(fake_qemu):

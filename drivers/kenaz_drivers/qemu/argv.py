@@ -125,12 +125,15 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
         argv += ["-device", f"virtio-serial-{bus}"]
         argv += ["-chardev", f"socket,id=channel,path={escape(request.channel)}"]
         argv += ["-device", f"virtserialport,chardev=channel,name={VIRTIO_SERIAL_PORT}"]
-    else:
+    elif request.transport == "vsock":
         argv += ["-device", f"vhost-vsock-{bus},guest-cid={request.cid},vhostfd={VSOCK_FD}"]
         descriptors[VSOCK_FD] = "vhost-vsock"
     if request.network == "nat":
         rom = "" if bus == "device" else ",romfile="
-        argv += ["-netdev", "user,id=nat", "-device", f"virtio-net-{bus},netdev=nat{rom}"]
+        forward = ""
+        if request.transport == "tcp":
+            forward = f",hostfwd=tcp:127.0.0.1:{request.forward}-:{request.port}"
+        argv += ["-netdev", f"user,id=nat{forward}", "-device", f"virtio-net-{bus},netdev=nat{rom}"]
         notes.append("network nat: the guest reaches whatever this host reaches")
     return CommandLine(tuple(argv), descriptors, tuple(notes))
 
@@ -163,5 +166,10 @@ def _check(request: LaunchRequest) -> None:
                 f"the channel's socket path has {length} bytes and must have 1 to {SUN_PATH}",
                 hint="set XDG_RUNTIME_DIR to a shorter directory",
             )
+    elif request.transport == "tcp":
+        if request.network != "nat":
+            raise DriverError("transport tcp: the guest has no network", hint="network: nat")
     elif request.transport != "vsock" or request.cid is None:
-        raise DriverError(f"transport {request.transport!r} is none of virtio-serial and vsock with a cid")
+        raise DriverError(
+            f"transport {request.transport!r} is none of virtio-serial, tcp, and vsock with a cid"
+        )

@@ -44,6 +44,7 @@ _HINTS = (
     ("Cannot allocate memory", "give the machine less memory"),
     ("cannot set up guest memory", "give the machine less memory"),
     ("No space left on device", "free some space"),
+    ("Could not set up host forwarding", "another process took the port first; run it again"),
     ("Permission denied", "let your user read that file"),
     ("cannot start ", "driverOptions.qemu.binary: the path of QEMU"),
 )

@@ -83,7 +83,7 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
         arch=arch,
         accelerator=accelerator or "none",
         deadline_scale=TCG_SCALE if accelerator == "tcg" else 1.0,
-        transports=("vsock", "virtio-serial") if vsock.works else ("virtio-serial",),
+        transports=(*(("vsock",) if vsock.works else ()), "virtio-serial", "tcp"),
         disk_formats=("qcow2", "raw"),
         data={"facts": json.loads(json.dumps(asdict(facts))), "fallback": fallback},
     )

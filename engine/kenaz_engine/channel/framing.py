@@ -1,4 +1,4 @@
-"""Cuts a byte stream into frames, without IO. Wire: docs/reference/vsock-protocol.md, rules F1 to F6."""
+"""Cuts a byte stream into frames, without IO. Wire: docs/reference/vsock-protocol.md, rules F and L."""
 
 from __future__ import annotations
 
@@ -168,3 +168,76 @@ class Marked:
     def encode(self, payload: bytes) -> bytes:
         """The payload as a frame, or the mark. Raises FramingError when it does not fit in one."""
         return self._frames.encode(payload) if payload else MARK
+
+
+LINE_OUT = 64 * 1024
+"""Most bytes of a line, its newline included, that today's guest takes: Go's bufio.Scanner ends without a
+word at the first longer one."""
+
+
+class Lines:
+    """One payload a line. Lines that come may have `limit` bytes, those that go `limit_out`, each with its
+    newline.
+
+    Blank lines are skipped, and a carriage return before the newline is no part of the line. Holds at most
+    one line that is not complete; each byte is looked at once, however small the pieces are.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT, limit_out: int = LINE_OUT) -> None:
+        self._limit = limit
+        self._limit_out = limit_out
+        self._buffer = bytearray()
+        self._error: FramingError | None = None
+
+    @property
+    def pending(self) -> int:
+        """Bytes held back until their line is complete."""
+        return len(self._buffer)
+
+    @property
+    def error(self) -> FramingError | None:
+        """What is wrong after the lines that were returned so far. No line follows it."""
+        return self._error
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads that `data` completes, in order. After an error, bytes are dropped."""
+        payloads: list[bytes] = []
+        start = 0
+        while self._error is None:
+            newline = data.find(b"\n", start)
+            end = len(data) if newline < 0 else newline
+            size = len(self._buffer) + end - start + 1
+            if size > self._limit:
+                self._buffer.clear()
+                self._error = _line_refusal(self._limit)
+            elif newline < 0:
+                self._buffer += data[start:]
+                break
+            else:
+                line = bytes(self._buffer) + data[start:end]
+                self._buffer.clear()
+                start = end + 1
+                if line := line.removesuffix(b"\r"):
+                    payloads.append(line)
+        return payloads
+
+    def close(self) -> None:
+        """The stream has ended. Raises FramingError when it did so within a line or after an error."""
+        if self._error is not None:
+            raise self._error
+        if self._buffer:
+            raise FramingError("frame_cut", f"the stream ended {len(self._buffer)} bytes into a line")
+
+    def encode(self, payload: bytes) -> bytes:
+        """The payload as a line. Raises FramingError when it does not fit in one."""
+        if not payload:
+            raise FramingError("frame_empty", "a line without a message")
+        if len(payload) >= self._limit_out:
+            raise _line_refusal(self._limit_out)
+        if b"\n" in payload:
+            raise FramingError("frame_newline", "a message with a line break in it")
+        return payload + b"\n"
+
+
+def _line_refusal(limit: int) -> FramingError:
+    return FramingError("frame_too_large", f"a line of more than {limit} bytes, its newline included")

@@ -179,6 +179,10 @@ class DemoHarness:
                 self._say(_line(f"guest says: {message['text']}"))
                 text = "Hello from the harness. All is well on this side."
                 return {"kind": "prompt.result", "id": message["id"], "text": text}
+            case "task.approval_requested":
+                self._say("guest asks for an approval: denied")
+                ids = {name: message.get(name) for name in ("task_id", "approval_id")}
+                return {"kind": "task.approval_decision", **ids, "decision": "deny"}
             case "guest.lost":
                 self._say("the guest's channel is lost")
                 return None

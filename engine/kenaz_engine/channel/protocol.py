@@ -357,6 +357,10 @@ class GuestProtocol:
         """Requests of guests that are gone, not yet answered by the harness: id -> `tool` or `prompt`."""
         return self._void
 
+    def begin(self) -> list[Action]:
+        """The launcher says nothing before the guest's hello [H1]."""
+        return []
+
     def from_guest(self, payload: bytes) -> list[Action]:
         """A payload came from the guest, or (empty) a mark. After the end of the conversation it is
         dropped."""

@@ -20,14 +20,14 @@ import trio
 
 from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.connection import Connection, FrameQueue
-from kenaz_engine.channel.framing import FramingError, LengthPrefixed, Marked
+from kenaz_engine.channel.dialect import KENAZ, Dialect, Talk
+from kenaz_engine.channel.framing import FramingError, LengthPrefixed
 from kenaz_engine.channel.harness import HarnessLink
 from kenaz_engine.channel.protocol import (
     Action,
     Bye,
     Executed,
     Expected,
-    GuestProtocol,
     HarnessEnded,
     Hello,
     Limits,
@@ -128,12 +128,14 @@ async def handshake(
     stream: trio.abc.Stream | Connection,
     expected: Expected,
     *,
+    dialect: Dialect = KENAZ,
     after: GuestChannel | None = None,
     on_message: Callable[[Report], None] = _no_report,
     on_bye: Callable[[Bye], None] = _no_bye,
     touch: Callable[[], None] = _nothing,
 ) -> GuestChannel:
-    """Waits for the guest's hello and answers it. Owns the stream from now on, and closes it if this fails.
+    """Waits for the guest's hello and answers it; where the launcher dialled, says `auth` and waits for the
+    answer. Owns the stream from now on, and closes it if this fails.
 
     A machine's stream is there long before its guest is, so the wait for the first byte is the caller's to
     bound; from then on `expected.limits.handshake` does. Raises HandshakeError; the guest has then been told
@@ -152,9 +154,8 @@ async def handshake(
     if isinstance(stream, Connection):
         connection = stream
     else:
-        framing = Marked(limits.frame) if expected.one_stream else LengthPrefixed(limits.frame)
-        connection = Connection(stream, framing, queue=limits.queue, write=limits.write)
-    protocol = GuestProtocol(expected, after.void if after is not None else None)
+        connection = Connection(stream, dialect.framing(expected), queue=limits.queue, write=limits.write)
+    protocol = dialect.talk(expected, after.void if after is not None else {})
     try:
         hello = await _greet(connection, protocol, limits.handshake, on_message)
     except BaseException:
@@ -164,9 +165,11 @@ async def handshake(
 
 
 async def _greet(
-    connection: Connection, protocol: GuestProtocol, seconds: float, on_message: Callable[[Report], None]
+    connection: Connection, protocol: Talk, seconds: float, on_message: Callable[[Report], None]
 ) -> Hello:
     payload: bytes | None = None
+    _put(connection, protocol.begin(), on_message)
+    await connection.flush()
     try:
         alive = connection.has_received or await connection.fill()
         with trio.move_on_after(seconds) as scope:
@@ -188,18 +191,9 @@ async def _greet(
                 "lost", connection.failure or "the guest closed the channel before its hello"
             )
         actions = protocol.from_guest(payload)
-    hello: Hello | None = None
-    refused = Refused("bad_hello", "")
-    for action in actions:
-        match action:
-            case ToGuest(answer):
-                connection.put(answer)
-            case Report():
-                on_message(action)
-            case Opened(hello):
-                pass
-            case Refused():
-                refused = action
+    _put(connection, actions, on_message)
+    hello = next((action.hello for action in actions if isinstance(action, Opened)), None)
+    refused = next((a for a in actions if isinstance(a, Refused)), Refused("bad_hello", ""))
     with trio.move_on_after(LAST_WORD if hello is None else seconds):
         await connection.flush()
     if hello is None:
@@ -207,6 +201,15 @@ async def _greet(
     if connection.failure:
         raise HandshakeError("lost", f"the guest did not take its welcome: {connection.failure}")
     return hello
+
+
+def _put(connection: Connection, actions: Iterable[Action], on_message: Callable[[Report], None]) -> None:
+    for action in actions:
+        match action:
+            case ToGuest(payload):
+                connection.put(payload)
+            case Report():
+                on_message(action)
 
 
 async def refuse(stream: trio.abc.Stream) -> None:
@@ -231,7 +234,7 @@ class GuestChannel:
     def __init__(
         self,
         connection: Connection,
-        protocol: GuestProtocol,
+        protocol: Talk,
         expected: Expected,
         hello: Hello,
         on_message: Callable[[Report], None],
@@ -340,7 +343,14 @@ class GuestChannel:
         The time is a message to the guest: what happens when it passes is the caller's to decide. May be
         cancelled as `serve` may. Raises ProtocolViolation for either side.
         """
-        self._apply(self._protocol.drain(seconds))
+        ending = self._apply(self._protocol.drain(seconds))
+        if isinstance(ending, Bye):
+            # Nothing was open, and this guest takes no leave: the harness gets what it has said.
+            with trio.move_on_after(LAST_WORD):
+                while self._harness is not None and self._inward.bytes_waiting:
+                    await self._harness.send(self._inward.head())
+                    self._inward.drop()
+            return ending
         if self._harness is None:
             self._harness_is_gone()
         await self._relay(until_harness_ends=False)

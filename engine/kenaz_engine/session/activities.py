@@ -20,6 +20,7 @@ import trio
 
 from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
 from kenaz_engine.channel.transports import Listener, TransportError
+from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
@@ -256,6 +257,14 @@ class Activities:
             port = {"port": self._prepared.resolved.channel.port}
             await work.ledger.acquire("socket", "cid", port, make_cid)
             return
+        if self._prepared.transport == "tcp":
+
+            async def make_port() -> tuple[Made, None]:
+                self._listener = reserved = reserve_port()
+                return Made({"address": LOOPBACK, "port": reserved.port}, reserved.aclose), None
+
+            await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_port)
+            return
 
         async def make_socket() -> tuple[Made, None]:
             self._listener = listener = listen_unix(self._layout.channel)
@@ -276,7 +285,10 @@ class Activities:
 
     async def _start_machine(self, work: Work) -> None:
         cid = self._claim.cid if self._claim else None
-        request = launch_request(self._prepared, self._layout, self._image, self._build, cid=cid)
+        forward = self._listener.port if isinstance(self._listener, ForwardedPort) else 0
+        request = launch_request(
+            self._prepared, self._layout, self._image, self._build, cid=cid, forward=forward
+        )
         plan = self._prepared.driver.plan(request)
 
         async def make() -> tuple[Made, Machine]:

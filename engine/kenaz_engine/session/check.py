@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kenaz_engine.lifecycle.model import Lifecycle
-from kenaz_engine.session.lifecycles import examine
+from kenaz_engine.session.lifecycles import examine, executes
 from kenaz_engine.spec.faults import Fault, InvalidFile
 from kenaz_engine.spec.resolve import InvalidSession, ResolvedSession
 from kenaz_engine.spec.schema import suggestion
@@ -30,6 +30,9 @@ def check(resolved: ResolvedSession) -> tuple[Lifecycle | None, list[Fault]]:
         lifecycle, found = examine(resolved)
     except InvalidFile as invalid:
         return None, in_order([*faults, *invalid.faults])
+    if executes(lifecycle) and resolved.channel.dial == "host":
+        message = "a guest that is dialled runs no commands"
+        faults.append(resolved.fault(("spec", "lifecycle"), message, "take another lifecycle, like standard"))
     return lifecycle, in_order([*faults, *found])
 
 

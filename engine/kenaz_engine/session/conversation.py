@@ -14,7 +14,9 @@ from typing import Any
 import trio
 
 from kenaz_engine.channel.connection import Connection
+from kenaz_engine.channel.dialect import Dialect, dialect_of
 from kenaz_engine.channel.harness import HarnessError, HarnessLink
+from kenaz_engine.channel.harness_vm import APPROVAL
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.protocol import Limits
 from kenaz_engine.channel.relay import (
@@ -45,6 +47,13 @@ CAPABILITIES = frozenset({"tools", "prompts"})
 
 COMMANDS = frozenset({"exec"})
 """What it is granted in sessions that run one command."""
+
+PATIENCE = 0.5
+"""Seconds for the first attempt to be answered where the launcher dials; each next one has twice as many, up
+to the handshake's limit. A hypervisor accepts while its guest still boots, and what was said then is lost."""
+
+REDIAL = 0.1
+"""Seconds between two attempts."""
 
 ENVELOPE = 256
 """Bytes of a frame that its command cannot have."""
@@ -90,6 +99,8 @@ class Conversation:
         show: Show,
     ) -> None:
         self.exit_code: int | None = None
+        channel = prepared.resolved.channel
+        self._dialect: Dialect = dialect_of(channel.framing, channel.dial)
         self._prepared = prepared
         self._token = token
         self._listener = listener
@@ -112,6 +123,9 @@ class Conversation:
             await self._channel_ended.wait()
 
     async def accept(self, work: Work) -> None:
+        if self._dialect.dialled:
+            await self._dial(work)
+            return
         try:
             accepted = await self._listener.accept()
             await self._greet(accepted.stream, accepted.peer, work)
@@ -119,6 +133,31 @@ class Conversation:
             if exc.code == "lost":
                 await unless_exiting(self._machine_exited)
             raise
+
+    async def _dial(self, work: Work) -> None:
+        """Dials until the guest has answered the auth line: that alone proves that it is there. A guest that
+        has answered by something else is not asked again. The state's deadline ends the attempts."""
+        attempts, patience = 0, PATIENCE
+        while True:
+            attempts += 1
+            failure = f"no answer within {patience:g} s"
+            try:
+                with trio.move_on_after(patience):
+                    accepted = await self._listener.accept()
+                    guest = await self._shake(accepted.stream, work)
+                    break
+            except TransportError as exc:
+                failure = str(exc)
+            except HandshakeError as exc:
+                if exc.code not in ("lost", "timeout"):
+                    raise
+                failure = str(exc)
+            if attempts == 1:
+                self._recorder.append("note", {"about": "dial", "message": failure})
+            patience = min(2 * patience, self._prepared.resolved.channel.limits.handshake)
+            await trio.sleep(REDIAL)
+        self._recorder.append("note", {"about": "dial", "attempts": attempts})
+        await self._hold(guest, accepted.peer, work)
 
     async def reaccept(self, work: Work) -> None:
         """The lost channel is given back. Where its guest's agent has begun anew on the stream, that goes on;
@@ -138,6 +177,9 @@ class Conversation:
             raise
 
     async def _greet(self, stream: trio.SocketStream | Connection, peer: str, work: Work) -> None:
+        await self._hold(await self._shake(stream, work), peer, work)
+
+    async def _shake(self, stream: trio.SocketStream | Connection, work: Work) -> GuestChannel:
         # Ids are given in order: the channel's is the next.
         ledger_id = work.ledger.last + 1
 
@@ -147,14 +189,19 @@ class Conversation:
         def bye(farewell: Bye) -> None:
             work.put(Event("guest.bye", {"reason": farewell.reason}, id=ledger_id))
 
-        guest = await handshake(
+        return await handshake(
             stream,
             self._expected(),
+            dialect=self._dialect,
             after=self._channel,
             on_message=report,
             on_bye=bye,
             touch=work.touch,
         )
+
+    async def _hold(self, guest: GuestChannel, peer: str, work: Work) -> None:
+        """The channel is the session's from now on."""
+        ledger_id = work.ledger.last + 1
         hello = guest.hello
         fields = {"agent": hello.agent, "build": hello.build, "clock": dict(hello.clock)}
         self._recorder.append("note", {"about": "hello", **fields})
@@ -174,12 +221,16 @@ class Conversation:
 
     def _expected(self) -> Expected:
         resolved = self._prepared.resolved
+        if self._dialect.dialled:
+            capabilities = frozenset({APPROVAL} if resolved.channel.approvals == "harness" else ())
+        else:
+            capabilities = COMMANDS if executes(self._prepared.lifecycle) else CAPABILITIES
         return Expected(
             session=resolved.id,
             token=self._token,
             tools=ToolPolicy(resolved.tools.allow, resolved.tools.deny),
             limits=channel_limits(resolved),
-            capabilities=COMMANDS if executes(self._prepared.lifecycle) else CAPABILITIES,
+            capabilities=capabilities,
             one_stream=self._prepared.transport == "virtio-serial",
         )
 
@@ -208,6 +259,8 @@ class Conversation:
 
     async def _refuse_others(self) -> None:
         """The session has its guest: whoever dials now is told so. The journal names the first of them."""
+        if self._dialect.dialled:
+            return
         try:
             accepted = await self._listener.accept()
             self._recorder.append("note", {"about": "refused", "peer": accepted.peer})

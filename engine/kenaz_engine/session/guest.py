@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,8 +59,11 @@ def disk_formats(prepared: Prepared, image: Image | None) -> tuple[str, str]:
 
 
 def guest_address(prepared: Prepared, layout: Layout) -> str:
-    """Where the guest finds the channel: `KENAZ_CHANNEL`."""
+    """Where the guest finds the channel: `KENAZ_CHANNEL`. A guest that is dialled listens on
+    HARNESS_VM_PORT."""
     match prepared.transport:
+        case "tcp":
+            return f"listen:{prepared.resolved.channel.port}"
         case "virtio-serial":
             return f"virtio-serial:{VIRTIO_SERIAL_PORT}"
         case "vsock":
@@ -72,10 +76,14 @@ def guest_variables(
     prepared: Prepared, layout: Layout, token: str, build: Build | None = None
 ) -> dict[str, str]:
     """The boot parameters, by the names that images read (docs/reference/image.md). `build` is what the
-    catalogs have under the name of the workbench's build."""
+    catalogs have under the name of the workbench's build. `token` is not empty: today's guests would then let
+    anybody in."""
+    assert token
     resolved = prepared.resolved
     variables = {
         "HARNESS_VM_TOKEN": token,
+        # For the served half of such a guest, which nobody here talks to: without one it is open too.
+        **({"HARNESS_SERVE_TOKEN": secrets.token_urlsafe(32)} if resolved.channel.dial == "host" else {}),
         "HARNESS_VM_PORT": str(resolved.channel.port),
         "SIGIL_WORKBENCH_ID": resolved.id,
         "KENAZ_SESSION_ID": resolved.id,
@@ -116,8 +124,10 @@ def launch_request(
     build: Build | None = None,
     *,
     cid: int | None = None,
+    forward: int = 0,
 ) -> LaunchRequest:
-    """What the driver plans from. `image` is None for drivers that boot none, which get no `build` either."""
+    """What the driver plans from. `image` is None for drivers that boot none, which get no `build` either.
+    `forward` is a port of 127.0.0.1, 0 until there is one."""
     resolved = prepared.resolved
     root, config = disk_formats(prepared, image)
     workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
@@ -128,7 +138,7 @@ def launch_request(
         cpus=resolved.machine.cpus,
         memory=resolved.machine.memory,
         transport=prepared.transport,
-        channel="" if prepared.transport == "vsock" else str(layout.channel),
+        channel="" if prepared.transport in ("vsock", "tcp") else str(layout.channel),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
         kernel=str(image.kernel) if image and image.kernel else "",
@@ -142,6 +152,7 @@ def launch_request(
         display=resolved.machine.display,
         network=resolved.network,
         cid=cid,
+        forward=forward,
         agent=() if image else agent_command(layout, root, config),
         mark=layout.mark,
         options=resolved.driver_options.get(prepared.driver.name, {}),

@@ -89,7 +89,7 @@ async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepare
         considered=considered,
         transport=transport,
         transport_reason=reason,
-        notes=tuple(_notes(driver, capabilities, considered, build)),
+        notes=tuple(_notes(driver, capabilities, considered, build, transport)),
         image=image,
         missing=missing or no_build,
         fetches=fetches,
@@ -178,7 +178,11 @@ def _transport(resolved: ResolvedSession, driver: Driver, capabilities: Capabili
 
 
 def _notes(
-    driver: Driver, capabilities: Capabilities, considered: Considered, build: Offered | None
+    driver: Driver,
+    capabilities: Capabilities,
+    considered: Considered,
+    build: Offered | None,
+    transport: str,
 ) -> list[str]:
     notes = []
     for name, other in considered:
@@ -195,4 +199,9 @@ def _notes(
         )
     if not capabilities.isolates:
         notes.append(f"the driver {driver.name} isolates nothing: the guest is a process of yours")
+    if transport == "tcp":
+        notes.append(
+            "transport tcp: every user of this host can reach the guest's port on 127.0.0.1; "
+            "only the session's token keeps them out"
+        )
     return notes

@@ -67,7 +67,9 @@ async def _nothing(fields: Mapping[str, Any]) -> None:
     """What lives and dies with the launcher's process."""
 
 
-_WITH_THE_LAUNCHER: Mapping[str, Release] = {"image-reference": _nothing, "stream": _nothing, "cid": _nothing}
+_WITH_THE_LAUNCHER: Mapping[str, Release] = dict.fromkeys(
+    ("image-reference", "stream", "cid", "port"), _nothing
+)
 
 BY_INTENT: Mapping[str, Release] = {
     "file": _unlink,

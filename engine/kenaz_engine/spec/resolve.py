@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from kenaz_engine.spec import schema, yamlfile
+from kenaz_engine.spec.dialects import dialect_faults
 from kenaz_engine.spec.faults import Fault, InvalidFile, Place
 from kenaz_engine.spec.units import format_duration, format_size, parse_duration, parse_size
 from kenaz_engine.spec.yamlfile import Document, Path, dotted, shorten
@@ -73,6 +74,7 @@ class ChannelSpec:
     transport: str
     framing: str
     dial: str
+    approvals: str
     port: int
     limits: LimitsSpec
 
@@ -197,6 +199,7 @@ def describe(session: ResolvedSession) -> dict[str, Any]:
             "transport": channel.transport,
             "framing": channel.framing,
             "dial": channel.dial,
+            "approvals": channel.approvals,
             "port": channel.port,
             "limits": {
                 "frame": format_size(limits.frame),
@@ -284,6 +287,7 @@ def _meaning_faults(document: Document) -> Iterator[Fault]:
     if isinstance(image, str) and image and (wrong := _image_fault(image)):
         yield Fault(document.place(("spec", "image")), "spec.image", *wrong)
     yield from _tool_faults(document)
+    yield from dialect_faults(document)
 
 
 def _image_fault(image: str) -> tuple[str, str] | None:
@@ -476,6 +480,7 @@ def _session(
             transport=channel["transport"],
             framing=channel["framing"],
             dial=channel["dial"],
+            approvals=channel["approvals"],
             port=int(channel["port"]),
             limits=LimitsSpec(
                 frame=parse_size(limits["frame"]),
