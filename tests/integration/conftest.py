@@ -1,4 +1,5 @@
-"""A publisher of images: a real HTTP server that can be told to go wrong, request by request."""
+"""A publisher of images: a real HTTP server that can be told to go wrong, request by request. And programs in
+Go, built from the directories beside this file."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import contextlib
 import hashlib
 import http.server
 import json
+import os
+import shutil
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,3 +198,38 @@ def catalog_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Set
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def go() -> Callable[[str, str], None]:
+    """Runs `go` with some words in one of those directories. No network, no C."""
+    binary = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
+    if binary is None:
+        pytest.skip("needs Go (Debian: golang-go)")
+    environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOPROXY": "off", "GOFLAGS": ""}
+
+    def run(directory: str, words: str) -> None:
+        where = Path(__file__).parent / directory
+        done = subprocess.run(
+            [binary, *words.split()], cwd=where, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def go_program(
+    go: Callable[[str, str], None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Builds the program of a directory, static; its path."""
+    built: dict[str, Path] = {}
+
+    def program(directory: str) -> Path:
+        if directory not in built:
+            path = tmp_path_factory.mktemp("go") / directory
+            go(directory, f"build -trimpath -buildvcs=false -ldflags=-s -o {path} .")
+            built[directory] = path
+        return built[directory]
+
+    return program

@@ -29,6 +29,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "mmio": ("virtio_mmio",),
     "block": ("virtio_blk",),
     "console": ("virtio_console",),
+    "net": ("virtio_net",),
     "vsock": ("vmw_vsock_virtio_transport",),
     "config": ("isofs",),
 }

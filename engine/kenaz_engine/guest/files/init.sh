@@ -27,6 +27,15 @@ for path in /sys/block/vd*; do
     [ "$serial" != KENAZWB ] || workbench "${path##*/}"
 done
 
+# `network: nat`: the addresses are QEMU's own (user networking), and always the same.
+if [ -e /sys/class/net/eth0 ]; then
+    busybox ip link set lo up
+    busybox ip addr add 10.0.2.15/24 dev eth0
+    busybox ip link set eth0 up
+    busybox ip route add default via 10.0.2.2
+    echo 'nameserver 10.0.2.3' >/etc/resolv.conf
+fi
+
 supervise() {
     tenths=1
     while :; do

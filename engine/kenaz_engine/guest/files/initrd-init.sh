@@ -31,6 +31,7 @@ load mmio
 for device in /sys/bus/virtio/devices/*; do
     read -r id <"$device/device"
     case $id in
+        0x0001) [ -e /sys/bus/virtio/drivers/virtio_net ] || load net ;;
         0x0002) [ -e /sys/bus/virtio/drivers/virtio_blk ] || load block ;;
         0x0003) [ -e /sys/bus/virtio/drivers/virtio_console ] || load console ;;
         0x0013) [ -e /sys/bus/virtio/drivers/vmw_vsock_virtio_transport ] || load vsock ;;

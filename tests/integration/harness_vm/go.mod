@@ -1,0 +1,3 @@
+module kenaz.dev/tests/harness_vm
+
+go 1.19
