@@ -65,7 +65,9 @@ def image(go_program: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     assert len(agent.findall(init)) == 1
     start = "set -a; . /run/kenaz/meta/kenaz.env; set +a; /usr/bin/harness-vm"
     added = [
-        cpio.file("init", replaced((FILES / "initrd-init.sh").read_text(), into_root, steps + into_root), 0o755),
+        cpio.file(
+            "init", replaced((FILES / "initrd-init.sh").read_text(), into_root, steps + into_root), 0o755
+        ),
         cpio.file("harness-init", agent.sub(start, init).encode(), 0o755),
         cpio.file("harness-vm", go_program("harness_vm").read_bytes(), 0o755),
     ]

@@ -48,9 +48,10 @@ CAPABILITIES = frozenset({"tools", "prompts"})
 COMMANDS = frozenset({"exec"})
 """What it is granted in sessions that run one command."""
 
-PATIENCE = 0.5
-"""Seconds for the first attempt to be answered where the launcher dials; each next one has twice as many, up
-to the handshake's limit. A hypervisor accepts while its guest still boots, and what was said then is lost."""
+PATIENCE, MORE_PATIENCE = 0.5, 1.2
+"""Seconds for the first attempt to be answered where the launcher dials, and by how much each next one has
+more, up to the handshake's limit. QEMU accepts while its guest still boots, and tells the guest of it once in
+6 s: an attempt that was too early is better given up soon, and yet a slow guest must be able to answer."""
 
 REDIAL = 0.1
 """Seconds between two attempts."""
@@ -154,7 +155,7 @@ class Conversation:
                 failure = str(exc)
             if attempts == 1:
                 self._recorder.append("note", {"about": "dial", "message": failure})
-            patience = min(2 * patience, self._prepared.resolved.channel.limits.handshake)
+            patience = min(MORE_PATIENCE * patience, self._prepared.resolved.channel.limits.handshake)
             await trio.sleep(REDIAL)
         self._recorder.append("note", {"about": "dial", "attempts": attempts})
         await self._hold(guest, accepted.peer, work)

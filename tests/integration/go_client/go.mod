@@ -1,0 +1,3 @@
+module kenaz.dev/tests/go_client
+
+go 1.19
