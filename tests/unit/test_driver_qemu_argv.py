@@ -54,6 +54,9 @@ CASES = {
         accel="kvm", transport="vsock", cid=42, kernel="", initrd="", cmdline=""
     ),
     "q35-nat": request_for(options={"machine": "q35"}, network="nat"),
+    "q35-tcp": request_for(
+        options={"machine": "q35"}, network="nat", transport="tcp", channel="", forward=49152
+    ),
     "virt-hvf-serial": request_for("aarch64", "hvf"),
     "virt-tcg-vsock": request_for("aarch64", transport="vsock", cid=7, initrd="", cmdline="", disks=()),
 }
@@ -83,6 +86,7 @@ def test_the_command_line_is_the_golden_one(name):
         ({"channel": ""}, "0 bytes"),
         ({"channel": "/" + "ä" * 54}, "109 bytes"),
         ({"transport": "unix"}, "unix"),
+        ({"transport": "tcp", "channel": ""}, "no network"),
         ({"transport": "vsock", "cid": None}, "vsock"),
         ({"options": {"machine": "virt"}}, "no machine 'virt'"),
         ({"options": {"machine": "microvm"}, "kernel": ""}, "microvm boots no disk"),

@@ -36,11 +36,15 @@ class ForwardedPort:
 
     async def accept(self) -> Accepted:
         """A connection to the hypervisor, which proves nothing about the guest. Raises TransportError."""
+        dialling = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            stream = await trio.open_tcp_stream(LOOPBACK, self.port)
-        except OSError as exc:
-            raise TransportError(f"{self.address}: {exc.strerror or exc}") from None
-        return Accepted(stream, self.address)
+            await dialling.connect((LOOPBACK, self.port))
+        except BaseException as exc:
+            dialling.close()
+            if isinstance(exc, OSError):
+                raise TransportError(f"{self.address}: {exc.strerror or exc}") from None
+            raise
+        return Accepted(trio.SocketStream(dialling), self.address)
 
     async def aclose(self) -> None:
         """Gives the port back. Idempotent."""
