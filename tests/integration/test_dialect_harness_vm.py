@@ -58,7 +58,7 @@ def image(go_program: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     variant = tmp_path_factory.mktemp("image")
     for name in ("kernel", "root.ext4"):
         (variant / name).symlink_to(demo / name)
-    steps = "busybox cp /harness-vm /root/usr/bin/harness-vm\nbusybox cp /harness-init /root/sbin/init\n"
+    steps = "busybox cp /harness-vm root/usr/bin/harness-vm\nbusybox cp /harness-init root/sbin/init\n"
     into_root = "busybox mount -o move /sys /root/sys"
     agent = re.compile(r"^ *python3\.11 .*--machine$", re.MULTILINE)
     init = (FILES / "init.sh").read_text()
