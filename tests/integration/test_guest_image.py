@@ -37,9 +37,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    cache = default_cache()
-    build("x86_64", cache / "images/demo/x86_64")
-    return find_image("demo", "x86_64", cache)
+    build("x86_64")
+    return find_image("demo", "x86_64", default_cache())
 
 
 class Guest:

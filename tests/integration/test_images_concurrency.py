@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import trio
 
+from kenaz_engine.images.ensure import ensure
 from kenaz_engine.images.errors import ImageError
-from kenaz_engine.images.fetch import ensure
 from kenaz_engine.images.locks import hold, in_use, try_lock, wait_lock
 from kenaz_engine.images.policy import Kept
 from kenaz_engine.images.store import Store
@@ -148,19 +148,19 @@ async def test_what_is_held_is_not_removed_and_what_is_removed_is_not_held(cache
 async def test_an_image_that_is_pruned_between_look_and_lock_comes_again(
     cache: Path, publisher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kenaz_engine.images import fetch
+    from kenaz_engine.images import ensure as ensuring
 
     (await ensure("sigil", "x86_64", cache, watch=lambda _: None)).held.close()
     store = Store.at(cache)
     [image] = store.kept(lambda version: False)
-    original, pruned = fetch.hold, []
+    original, pruned = ensuring.hold, []
 
     async def late(paths: Any) -> Any:
         if not pruned:
             pruned.append(await remove_image(store, image))
         return await original(paths)
 
-    monkeypatch.setattr(fetch, "hold", late)
+    monkeypatch.setattr(ensuring, "hold", late)
     ensured = await ensure("sigil", "x86_64", cache, watch=lambda _: None)
     assert pruned == [True]
     assert ensured.image.root.read_bytes() == ROOT
@@ -195,9 +195,9 @@ async def test_another_user_reads_a_store_that_he_may_not_write_to(cache: Path, 
     script = (
         "import os, sys, trio\n"
         "from functools import partial\n"
-        "from kenaz_engine.images.fetch import ensure\n"
+        "from kenaz_engine.images.ensure import ensure\n"
         "from pathlib import Path\n"
-        "import kenaz_engine.images.documents, kenaz_engine.images.diskfile, httpx\n"
+        "import kenaz_engine.images.fetch, kenaz_engine.images.diskfile, httpx\n"
         "import kenaz_engine.images.catalog as catalog\n"
         "known = catalog.catalog()\n"
         "catalog.catalog = lambda: known\n"

@@ -16,12 +16,11 @@ import trustme
 
 from kenaz_engine.images import download
 from kenaz_engine.images.catalog import find_image
-from kenaz_engine.images.download import Patience
+from kenaz_engine.images.ensure import Ensured, ensure
 from kenaz_engine.images.errors import ImageError, ImageMissing, Untrusted
-from kenaz_engine.images.fetch import Ensured, ensure
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.images.store import Store
-from kenaz_engine.images.transfer import Notice, Progress
+from kenaz_engine.images.transfer import Notice, Patience, Progress
 
 PATIENCE = Patience(connect=5.0, window=0.4, least=32 << 10)
 ROOT = bytes(range(256)) * 12_000

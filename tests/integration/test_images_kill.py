@@ -19,8 +19,8 @@ import pytest
 import trio
 
 from kenaz_engine.images.catalog import find_image
+from kenaz_engine.images.ensure import ensure
 from kenaz_engine.images.errors import ImageError
-from kenaz_engine.images.fetch import ensure
 from kenaz_engine.images.steps import POINTS
 from kenaz_engine.images.store import Store
 from kenaz_engine.images.tidy import litter, sweep

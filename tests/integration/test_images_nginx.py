@@ -14,9 +14,9 @@ import pytest
 import trio
 
 from kenaz_engine.images.documents import get_document
-from kenaz_engine.images.download import Patience, Wanted, download, http_client
+from kenaz_engine.images.download import Wanted, download, http_client
 from kenaz_engine.images.errors import Untrusted
-from kenaz_engine.images.transfer import Have, Progress
+from kenaz_engine.images.transfer import Have, Patience, Progress
 
 CONTENT = os.urandom(3_000_000)
 CONFIG = """\

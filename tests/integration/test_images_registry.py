@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from kenaz_engine.images.ensure import ensure
 from kenaz_engine.images.errors import Untrusted
-from kenaz_engine.images.fetch import ensure
 from kenaz_engine.images.manifest import Image
 
 pytestmark = pytest.mark.skipif(shutil.which("docker-registry") is None, reason="needs docker-registry")

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from kenaz_engine.guest.build import build
-from kenaz_engine.images.catalog import default_cache
 
 SPEC = Path(__file__).parents[2] / "specs/sessions/exec.yaml"
 SECONDS = 90.0
@@ -162,7 +161,7 @@ def test_without_a_command_nothing_is_begun(tmp_path: Path) -> None:
 
 @needs_qemu
 def test_a_command_in_a_machine(execute: Execute) -> None:
-    build("x86_64", default_cache() / "images/demo/x86_64")
+    build("x86_64")
     status, result, wrote, _ = execute("qemu", "sh", "-c", "busybox uname -s; echo err >&2; exit 3")
     assert (status, result["exit_code"]) == (1, 3)
     assert sorted(wrote.splitlines()) == ["Linux", "err"]

@@ -16,7 +16,6 @@ import trio
 from kenaz_engine.channel.connection import Connection
 from kenaz_engine.channel.framing import LengthPrefixed
 from kenaz_engine.guest.build import build
-from kenaz_engine.images.catalog import default_cache
 
 SPEC = Path(__file__).parents[2] / "specs/sessions/reconnect.yaml"
 SECONDS = 120.0
@@ -178,6 +177,6 @@ async def test_a_guest_that_dies_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["hangup", "once:exit:9"])
 async def test_an_agent_in_a_machine_starts_again(tmp_path: Path, word: str) -> None:
     """Its port stays open on the host's side: a mark tells."""
-    build("x86_64", default_cache() / "images/demo/x86_64")
+    build("x86_64")
     result, records = await session(tmp_path, "qemu", [word, "read:/nothing"], answer_then_end)
     check(result, records, "the guest's agent started again")

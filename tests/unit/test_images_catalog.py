@@ -21,11 +21,11 @@ from kenaz_engine.images.catalog import (
     verify_image,
 )
 from kenaz_engine.images.catalogfile import AtManifest
-from kenaz_engine.images.download import Patience
 from kenaz_engine.images.errors import ImageError, ImageMissing
 from kenaz_engine.images.fetch import Fetcher
 from kenaz_engine.images.manifest import MAX_MANIFEST, parse_manifest
 from kenaz_engine.images.store import Store
+from kenaz_engine.images.transfer import Patience
 
 PARTS = {"kernel": b"kernel", "initrd": b"initrd", "root": b"root" * 100}
 MANIFEST: dict[str, Any] = {

@@ -18,8 +18,8 @@ from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
 from kenaz_engine.channel.harness import HarnessError
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.vsock import Claim
-from kenaz_engine.images import fetch
-from kenaz_engine.images.fetch import Ensured
+from kenaz_engine.images import ensure as ensuring
+from kenaz_engine.images.ensure import Ensured
 from kenaz_engine.images.locks import hold
 from kenaz_engine.session import activities
 from kenaz_engine.session.activities import ALARM_LENGTH, CONSOLE_PAUSE, PRESS_AGAIN
@@ -287,7 +287,7 @@ def image(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     async def here(*args: Any, **options: Any) -> Ensured:
         return Ensured(found, await hold([root]), ("it is old",))  # type: ignore[arg-type]  # as much as is used
 
-    monkeypatch.setattr(fetch, "ensure", here)
+    monkeypatch.setattr(ensuring, "ensure", here)
     monkeypatch.setattr(activities, "create_disk", made_empty)
     return directory
 
@@ -361,7 +361,7 @@ async def test_an_image_that_went_since_is_told(
     async def gone(*args: Any, **options: Any) -> None:
         raise activities.ImageError("it is gone", "get it again")
 
-    monkeypatch.setattr(fetch, "ensure", gone)
+    monkeypatch.setattr(ensuring, "ensure", gone)
     result = await whole.run(await whole.prepare(driver=Driver(), can=BOOTS))
     assert result.outcome.verdict == "image could not be had: it is gone"
 

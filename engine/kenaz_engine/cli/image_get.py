@@ -24,7 +24,7 @@ from kenaz_engine.images.catalog import (
     default_cache,
     load_image,
 )
-from kenaz_engine.images.reference import AtUrl, InFile, Named, parse_reference
+from kenaz_engine.images.reference import AtUrl, InFile, Named, file_at, parse_reference
 from kenaz_engine.images.store import Store
 
 _ATTEMPTS = 4
@@ -140,7 +140,7 @@ def _pull_one(reference: Named | AtUrl, arguments: argparse.Namespace, told: _To
     )
 
     async def ensured() -> Image:
-        from kenaz_engine.images.fetch import ensure
+        from kenaz_engine.images.ensure import ensure
 
         found = await ensure(
             text, arguments.arch, default_cache(), watch=told.watch, offline=arguments.offline, ask=True
@@ -162,8 +162,8 @@ def _written(named: Named) -> str:
 async def _pull_manifest(url: AtUrl, offline: bool, told: _Told) -> Image:
     """A manifest that somebody names by hand gets the name that it has itself."""
     from kenaz_engine.images.catalog import is_remote, source_of
-    from kenaz_engine.images.download import Patience
     from kenaz_engine.images.fetch import Fetcher
+    from kenaz_engine.images.transfer import Patience
 
     source = source_of(url)
     if offline and is_remote(source):
@@ -178,8 +178,9 @@ def _first_sight(url: AtUrl, told: _Told) -> str:
     """The digest of a URL that came without one: a file's own; of what is remote, only said, never
     trusted."""
     from kenaz_engine.images.documents import get_document
-    from kenaz_engine.images.download import Patience, http_client
+    from kenaz_engine.images.download import http_client
     from kenaz_engine.images.manifest import MAX_MANIFEST
+    from kenaz_engine.images.transfer import Patience
 
     if url.url.startswith("file:"):
         return _digest_of_file(url.url)
@@ -200,12 +201,9 @@ def _first_sight(url: AtUrl, told: _Told) -> str:
 
 
 def _digest_of_file(url: str) -> str:
-    from urllib.parse import urlsplit
-    from urllib.request import url2pathname
-
     from kenaz_engine.images.store import digest_of
 
-    path = Path(url2pathname(urlsplit(url).path))
+    path = file_at(url)
     try:
         return digest_of(path)
     except OSError as error:
@@ -248,9 +246,9 @@ def bring(arguments: argparse.Namespace) -> int:
 def _imported(path: Path, arguments: argparse.Namespace, told: _Told) -> Image:
     from kenaz_engine.images.catalog import disk_source
     from kenaz_engine.images.catalogfile import AtManifest, Source
-    from kenaz_engine.images.download import Patience
     from kenaz_engine.images.fetch import Fetcher
     from kenaz_engine.images.manifest import NAME, TAG
+    from kenaz_engine.images.transfer import Patience
 
     if not path.is_file():
         raise ImageMissing(f"there is no file {path}")

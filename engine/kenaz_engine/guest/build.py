@@ -267,8 +267,8 @@ class InStore:
         import trio
 
         from kenaz_engine.images.catalogfile import AtManifest
-        from kenaz_engine.images.download import Patience
         from kenaz_engine.images.fetch import Fetcher
+        from kenaz_engine.images.transfer import Patience
 
         manifest = result / "image.json"
         source = AtManifest((manifest.as_uri(),), hashlib.sha256(manifest.read_bytes()).hexdigest())

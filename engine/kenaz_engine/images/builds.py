@@ -85,8 +85,8 @@ async def ensure_build(
 
     Raises Untrusted, ImageMissing, and ImageError, which may be transient.
     """
-    from kenaz_engine.images.download import Patience
     from kenaz_engine.images.fetch import Fetcher
+    from kenaz_engine.images.transfer import Patience
 
     store, source, name = Store.at(cache), _source(offered.published), _ref(offered.published)
     for _ in range(3):

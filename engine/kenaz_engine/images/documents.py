@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import trio
 
-from kenaz_engine.images.download import Patience, explained, going_on, raw
+from kenaz_engine.images.download import explained, going_on, raw
 from kenaz_engine.images.errors import ImageError, Untrusted
-from kenaz_engine.images.transfer import Course, Ended, Have, Kind, Notice, Watch, judge, shown
+from kenaz_engine.images.reference import file_at
+from kenaz_engine.images.transfer import Course, Ended, Have, Kind, Notice, Patience, Watch, judge, shown
 
 if TYPE_CHECKING:
     import httpx
@@ -89,7 +87,7 @@ async def get_size(client: httpx.AsyncClient | None, urls: tuple[str, ...], pati
     for url in urls:
         try:
             if urlsplit(url).scheme == "file":
-                return Path(url2pathname(urlsplit(url).path)).stat().st_size
+                return file_at(url).stat().st_size
             found = await _head(client, url, patience)
         except OSError as error:
             found = Ended(Kind.REFUSED, str(error.strerror))
@@ -100,6 +98,8 @@ async def get_size(client: httpx.AsyncClient | None, urls: tuple[str, ...], pati
 
 
 async def _head(client: httpx.AsyncClient | None, url: str, patience: Patience) -> int | Ended:
+    import ssl
+
     import httpx
 
     assert client is not None
@@ -122,6 +122,8 @@ async def _head(client: httpx.AsyncClient | None, url: str, patience: Patience) 
 async def _get(
     client: httpx.AsyncClient | None, url: str, limit: int, patience: Patience, known: Have | None
 ) -> Document | Ended | None:
+    import ssl
+
     import httpx
 
     assert client is not None
@@ -158,7 +160,7 @@ async def _get(
 
 
 async def _read_file(url: str, limit: int) -> Document | Ended:
-    path = Path(url2pathname(urlsplit(url).path))
+    path = file_at(url)
 
     def read() -> bytes:
         with path.open("rb") as file:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -16,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import trio
 
 from kenaz_engine.images import steps
 from kenaz_engine.images.errors import ImageError, Untrusted
+from kenaz_engine.images.reference import file_at
 from kenaz_engine.images.store import CHUNK, failure
 from kenaz_engine.images.transfer import (
     Course,
@@ -30,6 +29,7 @@ from kenaz_engine.images.transfer import (
     Kind,
     Meter,
     Notice,
+    Patience,
     Take,
     Watch,
     judge,
@@ -38,20 +38,12 @@ from kenaz_engine.images.transfer import (
 )
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 ROOM = 64 << 20
 """Bytes that a download leaves free."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """What a server is given: seconds to be reached in, and `window` seconds for each `least` bytes; one that
-    is slower is taken for stalled."""
-
-    connect: float = 15.0
-    window: float = 30.0
-    least: int = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +76,8 @@ async def http_client(patience: Patience) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def _trusted() -> ssl.SSLContext:
+    import ssl
+
     return ssl.create_default_context(
         cafile=os.environ.get("SSL_CERT_FILE"), capath=os.environ.get("SSL_CERT_DIR")
     )
@@ -295,6 +289,8 @@ async def _from_http(
     patience: Patience,
     progress: Callable[[], None],
 ) -> Failed:
+    import ssl
+
     import httpx
 
     assert client is not None
@@ -327,6 +323,8 @@ async def _from_http(
 def explained(error: Exception) -> tuple[Kind, str]:
     """What a failure of the client means. A certificate that is not trusted will not be trusted in a
     minute."""
+    import ssl
+
     import httpx
 
     text = str(error) or type(error).__name__
@@ -352,7 +350,7 @@ async def _from_file(
 ) -> Failed:
     part.clear()
     try:
-        async with await trio.open_file(url2pathname(urlsplit(url).path), "rb") as file:
+        async with await trio.open_file(file_at(url), "rb") as file:
             while part.have.size <= wanted.size and (chunk := await file.read(CHUNK)):
                 await trio.to_thread.run_sync(part.take, chunk)
                 part.grown(len(chunk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from kenaz_engine.images.errors import ImageError
@@ -49,6 +50,14 @@ class AtUrl:
 
 
 Reference = Named | InFile | AtUrl
+
+
+def file_at(url: str) -> Path:
+    """The path of a `file:` URL."""
+    from urllib.request import url2pathname  # 20 ms, which only a fetch should pay
+
+    return Path(url2pathname(urlsplit(url).path))
+
 
 _OF_URL = re.compile(r"@[0-9a-f]{16}")
 

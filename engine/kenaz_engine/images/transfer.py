@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from urllib.parse import urlsplit, urlunsplit
 
@@ -100,6 +99,8 @@ def judge(
 
 def retry_after(text: str, now: float) -> float | None:
     """Seconds in the header Retry-After, which has a number or a date; None for neither."""
+    from email.utils import parsedate_to_datetime
+
     text = text.strip()
     if _NUMBER.fullmatch(text):
         return float(text)
@@ -108,6 +109,16 @@ def retry_after(text: str, now: float) -> float | None:
         return max(0.0, date.timestamp() - now)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What a server is given: seconds to be reached in, and `window` seconds for each `least` bytes; one that
+    is slower is taken for stalled."""
+
+    connect: float = 15.0
+    window: float = 30.0
+    least: int = 32 << 10
 
 
 class Kind(Enum):

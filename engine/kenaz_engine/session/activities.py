@@ -156,7 +156,7 @@ class Activities:
     async def _ensure_image(self, work: Work) -> None:
         if not self._prepared.capabilities.boots_image:
             return
-        from kenaz_engine.images.fetch import ensure
+        from kenaz_engine.images.ensure import ensure
 
         resolved = self._prepared.resolved
         ensured = await ensure(
