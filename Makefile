@@ -4,7 +4,6 @@
 
 SPEC = specs/sessions/hello.yaml
 BIN = .venv/bin
-BUILD_IMAGE = $(BIN)/python -m kenaz_engine.guest.build
 LAUNCHER = $(BIN)/kenaz-launcher
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/coverage run -m pytest
@@ -18,14 +17,14 @@ help: ## list the targets (what `make` alone does)
 
 session: host-session .venv/ready-to-run ## build the demo image once and run a session (SPEC=specs/sessions/hello.yaml)
 	@driver=auto; \
-	$(BUILD_IMAGE) || { driver=process; echo "kenaz: there is no image, so the session gets no machine" >&2; }; \
+	$(LAUNCHER) image build || { driver=process; echo "kenaz: there is no image, so the session gets no machine" >&2; }; \
 	$(LAUNCHER) run $(SPEC) --set spec.driver=$$driver
 
 image: host-session .venv/ready-to-run ## build the demo image for this architecture
-	@$(BUILD_IMAGE)
+	@$(LAUNCHER) image build
 
 image-aarch64: host-image-aarch64 .venv/ready-to-run ## build the demo image for aarch64
-	@$(BUILD_IMAGE) --arch aarch64
+	@$(LAUNCHER) image build --arch aarch64
 
 download-image: which-image host-session .venv/ready-to-run ## fetch an image (IMAGE=name-or-URL SHA256=digest)
 	@$(LAUNCHER) image pull "$$IMAGE" $${SHA256:+--sha256 "$$SHA256"}

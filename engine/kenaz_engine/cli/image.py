@@ -104,6 +104,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arch(bring)
     bring.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
+    make = add("build", _late("image_build", "make"), "build the demo image from Debian packages")
+    arch(make)
+    make.add_argument("--output", metavar="DIR", help="a directory to put it into, not the store")
+    make.add_argument("--force", action="store_true", help="build even if the image is current")
+
 
 def _late(module: str, name: str) -> Callable[[argparse.Namespace], int]:
     """A function of another module, imported when it is called."""

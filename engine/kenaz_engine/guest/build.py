@@ -1,4 +1,4 @@
-"""Builds the demo image from Debian packages, without root: `python -m kenaz_engine.guest.build --help`.
+"""Builds the demo image from Debian packages, without root: `kenaz-launcher image build`.
 
 The result are four files: `kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see
 docs/reference/image.md). They appear whole or not at all, and are built again when their inputs have changed.
@@ -6,7 +6,6 @@ docs/reference/image.md). They appear whole or not at all, and are built again w
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -14,7 +13,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -525,42 +523,3 @@ def _part(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": path.name, "size": path.stat().st_size, "sha256": digest}
-
-
-# The command ----------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit status: 0 done, 2 usage, 3 the host cannot build it."""
-    from kenaz_engine.images.errors import ImageError
-
-    parser = argparse.ArgumentParser(
-        prog="python -m kenaz_engine.guest.build", description="Build the demo image."
-    )
-    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default=_host_arch())
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="a directory to put it into, not the store"
-    )
-    parser.add_argument("--force", action="store_true", help="build even if the image is current")
-    parser.add_argument("--host-packages", action="store_true", help="print the packages this needs, and end")
-    options = parser.parse_args(argv)
-    if options.host_packages:
-        print(" ".join(HOST_PACKAGES))
-        return 0
-    output = options.output.absolute() if options.output else None
-    try:
-        build(options.arch, output, force=options.force, report=lambda text: print(text, flush=True))
-    except (BuildError, ImageError, OSError) as error:
-        hint = getattr(error, "hint", "")
-        print(f"error: {error}" + (f"; try: {hint}" if hint else ""), file=sys.stderr)
-        return 3
-    return 0
-
-
-def _host_arch() -> str:
-    machine = os.uname().machine
-    return {"arm64": "aarch64"}.get(machine, machine)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
