@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Asks each over its control socket, then waits for all. One that cannot be asked stops no other."""
     command = "abort" if arguments.abort else "end"
     directories = living_directories(arguments)
+    if not directories:
+        print("no session runs")
     failed = False
     asked: list[Path] = []
     for directory in directories:

@@ -32,6 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Asks each to abort; one that does not is ended by the death of its launcher, and reaped."""
     directories = living_directories(arguments)
+    if not directories:
+        print("no session runs")
     asked = trio.run(_ask_all, directories)
     deadline = time.monotonic() + GRACE
     failed = False
