@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,12 +14,16 @@ from typing import Any
 import pytest
 import trio
 
+from kenaz_drivers._common.identity import identify
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.cli import end, logs, ps
 from kenaz_engine.cli.main import main
+from kenaz_engine.cli.reap import lines
 from kenaz_engine.journal.writer import Journal
 from kenaz_engine.session.control import serve_control
+from kenaz_engine.session.ledger import Entry, Left
 from kenaz_engine.session.locks import Lock, try_lock
+from kenaz_engine.session.reap import Reaped
 
 Capture = pytest.CaptureFixture[str]
 
@@ -200,9 +205,9 @@ def test_a_long_list_is_cut(sessions: Sessions, capsys: Capture) -> None:
 def test_the_beginning_of_one_id_is_enough(sessions: Sessions, capsys: Capture) -> None:
     sessions.put("hello", *RECORDS[:1])
     sessions.put("hello~1", *RECORDS[:2])
-    for word, lines in (("hel", 1), ("hello", 1), ("hello~1", 2)):
+    for word, count in (("hel", 1), ("hello", 1), ("hello~1", 2)):
         assert main(["logs", word]) == 0
-        assert len(capsys.readouterr().out.splitlines()) == lines
+        assert len(capsys.readouterr().out.splitlines()) == count
 
 
 # --- logs ---------------------------------------------------------------------------------------------------
@@ -410,3 +415,98 @@ def test_a_session_may_end_while_it_is_asked(
 def test_a_wait_that_is_no_time(sessions: Sessions, capsys: Capture, patience: str) -> None:
     assert main(["end", "s", f"--wait={patience}"]) == 2
     assert "is no time; write --wait=60 or --wait=2m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["end", "kill"])
+def test_which_sessions_has_to_be_said(sessions: Sessions, capsys: Capture, command: str) -> None:
+    """Nothing is done to any session where one of the words is wrong."""
+    heard: list[str] = []
+    with serving(sessions.put("hello-1", *RECORDS, alive=True), heard.append):
+        sessions.put("hello-2", *RECORDS, alive=True)
+        for words, code, message in (
+            ([], 2, "say which sessions, or --all"),
+            (["--all", "hello-1"], 2, "say which sessions, or --all"),
+            (
+                ["hello-1", "hello"],
+                1,
+                "'hello' is the beginning of several sessions (which one: hello-1, hello-2?)",
+            ),
+            (["hello-1", "helo-1"], 1, "there is no session 'helo-1' (did you mean hello-1"),
+        ):
+            assert main([command, *words]) == code
+            assert message in capsys.readouterr().err
+    assert heard == []
+
+
+@pytest.mark.parametrize("command", ["end", "kill"])
+def test_all_of_nothing_is_nothing(sessions: Sessions, capsys: Capture, command: str) -> None:
+    sessions.put("over", *RECORDS, ENDED)
+    assert main([command, "--all"]) == 0
+    assert capsys.readouterr().out == "no session runs\n"
+
+
+def test_end_all_asks_each_that_runs_and_one_that_is_mute_stops_no_other(
+    sessions: Sessions, capsys: Capture
+) -> None:
+    heard: list[str] = []
+    sessions.put("a-mute", *RECORDS, alive=True)
+    sessions.put("c-dead", *RECORDS)
+    with serving(sessions.put("b", *RECORDS, alive=True), heard.append):
+        assert main(["end", "--all"]) == 1
+    printed = capsys.readouterr()
+    assert (heard, printed.out) == (["end"], "b: asked to end\n")
+    assert "`kenaz-launcher kill a-mute` ends it all the same" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_session_that_has_only_just_begun_is_not_killed(sessions: Sessions, capsys: Capture) -> None:
+    sessions.put("s", alive=True)
+    assert main(["kill", "s"]) == 1
+    assert "session s has only just begun (try again)" in capsys.readouterr().err
+
+
+def test_who_reaps_is_seen_and_can_be_killed(sessions: Sessions, capsys: Capture) -> None:
+    """A reaper that hangs, too, holds the lock; its own record names it."""
+    with subprocess.Popen(["sleep", "600"]) as reaper:
+        process = identify(reaper.pid)
+        path = sessions.put("s", *RECORDS, ("reap", {"launcher": "1", "process": process}), alive=True)
+        assert main(["ps"]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[1] == "reaping"
+        assert main(["kill", "s"]) == 1  # our lock is not its
+        assert f"s: process {reaper.pid}, which held it, did not answer" in capsys.readouterr().out
+        assert reaper.wait(10) == -9
+    assert path.exists()
+
+
+def test_reap_says_what_came_of_each(sessions: Sessions, capsys: Capture) -> None:
+    sessions.put("copy", *RECORDS)
+    sessions.put("live", *RECORDS, alive=True)
+    sessions.put("over", *RECORDS, ENDED)
+    assert main(["reap", "copy", "live"]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "copy: left alone: its journal is that of another place: this directory was copied"
+    )
+    assert second == "live: runs; `kenaz-launcher end live` ends it"
+    assert main(["reap", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ok"], [one["id"] for one in told["sessions"]], told["removed"]) == (False, ["copy"], [])
+    assert main(["reap", "copy", "--older-than", "1h"]) == 2
+    assert "--older-than is for all sessions" in capsys.readouterr().err
+    assert main(["reap", "--older-than", "soon"]) == 2
+    assert "'soon' is no duration" in capsys.readouterr().err
+
+
+def test_reap_tells_what_is_left_in_part() -> None:
+    entry = Entry(1, "disk", "file", {}, frozenset(), 5.0)
+    left = (Left(2, "vm", "machine", "does not die"),)
+    assert list(lines(Reaped("s", Path("s"), "left", (entry,), left))) == [
+        "s: reaped in part: gave back disk",
+        "s: left behind: the vm does not die",
+    ]
+    assert list(lines(Reaped("s", Path("s"), "left", (), (), "the disk /d"))) == [
+        "s: reaped in part: gave back nothing",
+        "s: left behind: the disk /d",
+    ]
+    assert list(lines(Reaped("s", Path("s"), "reaped"))) == ["s: reaped: it held nothing"]
+    assert list(lines(Reaped("s", Path("s"), "dead"))) == ["s: dead: would find that it held nothing"]

@@ -16,7 +16,7 @@ from kenaz_drivers._common import process as module
 from kenaz_drivers._common.identity import boot_id, identify, is_alive
 from kenaz_drivers._common.process import GUARD, capture, spawn
 from kenaz_drivers._common.terminate import terminate
-from kenaz_drivers.contract import DriverError
+from kenaz_drivers.contract import MARK, DriverError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -225,6 +225,73 @@ async def test_terminate_leaves_others_groups_alone():
     finally:
         member.kill()
         member.wait()
+
+
+async def number_in(file):
+    with trio.fail_after(10):
+        while not (file.exists() and file.read_text().endswith("\n")):
+            await trio.sleep(0.01)
+    return identify(int(file.read_text()))
+
+
+async def test_alone_means_that_process_only(tmp_path):
+    child = spawn(["sh", "-c", f"sleep 600 & echo $! > {tmp_path}/pid; wait"])
+    grandchild = await number_in(tmp_path / "pid")
+    await terminate(child.handle, alone=True)
+    assert (is_alive(child.handle), is_alive(grandchild)) == (False, True)
+    assert await child.wait() == -signal.SIGKILL  # which ends the group
+    with trio.fail_after(3):
+        while is_alive(grandchild):
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("leader", ["lives", "is gone", "was never known"])
+async def test_what_left_its_leader_is_found_by_its_mark(tmp_path, leader):
+    script = f"setsid sleep 600 & echo $! > {tmp_path}/far; wait"
+    child = spawn(["sh", "-c", script], env={**os.environ, MARK: "m-1"})
+    other = spawn(SLEEP, env={**os.environ, MARK: "m-12"})
+    try:
+        far = await number_in(tmp_path / "far")
+        assert child.handle["mark"] == "m-1"
+        if leader == "is gone":
+            await child.end()
+            assert is_alive(far)
+        await terminate({"mark": "m-1"} if leader == "was never known" else child.handle)
+        assert (is_alive(child.handle), is_alive(far), is_alive(other.handle)) == (False, False, True)
+        await terminate({"mark": "m-1"})
+        assert is_alive(other.handle)
+    finally:
+        await child.end()
+        await other.end()
+
+
+async def test_who_hides_its_mark_is_found_in_the_session_of_a_leader_that_is_proven(tmp_path):
+    """In a group of its own and without an environment, in the session of a leader that lives; and of one
+    that is gone, beside a process with the mark, while which is there that session is no other's."""
+    hide = f"set -m; env -i sleep 600 & echo $! > {tmp_path}/"
+    child = spawn(["bash", "-c", f"{hide}one; wait"], env={**os.environ, MARK: "m-2"})
+    hidden = await number_in(tmp_path / "one")
+    await terminate(child.handle)
+    assert not is_alive(hidden)
+    await child.end()
+
+    script = f"{hide}two; sleep 600 & echo $! > {tmp_path}/marked; exec sleep 600"
+    child = spawn(["bash", "-c", script], env={**os.environ, MARK: "m-3"})
+    hidden, marked = await number_in(tmp_path / "two"), await number_in(tmp_path / "marked")
+    os.kill(child.pid, signal.SIGKILL)
+    await child.wait()
+    assert (is_alive(hidden), is_alive(marked)) == (True, True)
+    await terminate({**child.handle, "mark": "m-0"})  # nothing proves it
+    assert is_alive(hidden)
+    await terminate(child.handle)
+    assert (is_alive(hidden), is_alive(marked)) == (False, False)
+
+
+async def test_a_handle_of_another_boot_says_nothing_of_this_one():
+    child = spawn(SLEEP, env={**os.environ, MARK: "m-4"})
+    await terminate({"mark": "m-4", "boot_id": "another"})
+    assert is_alive(child.handle)
+    await child.end()
 
 
 @pytest.mark.parametrize("wrong", [{"start_time": "1"}, {"boot_id": "another"}])

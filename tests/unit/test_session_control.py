@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,3 +89,35 @@ async def test_a_session_that_says_nothing_is_not_waited_for_long(
     with pytest.raises(ControlError, match="did not answer within 5 s"):
         await ask(tmp_path / "c", "end")
     await listener.aclose()
+
+
+DIAL = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+link = socket.socket(socket.AF_UNIX)
+link.settimeout(10)
+link.connect(sys.argv[1])
+try:
+    link.sendall(b'{"command": "abort"}\\n')
+    print(len(link.recv(100)))
+except ConnectionError:
+    print(0)
+"""
+
+
+@pytest.mark.only_where(sys.platform == "linux" and os.geteuid() == 0)
+async def test_another_user_is_not_heard_even_where_all_may_dial() -> None:
+    directory = Path(tempfile.mkdtemp(prefix="kc-"))  # a place that others can enter
+    try:
+        async with served(directory) as (path, asked):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            directory.chmod(0o755)
+            path.chmod(0o666)
+            command = [shutil.which("python3") or sys.executable, "-c", DIAL, str(path)]
+            done = await trio.run_process(command, capture_stdout=True, cwd="/")
+            assert done.stdout == b"0\n"
+            assert asked == []
+            await ask(path, "end")
+            assert asked == ["end"]
+    finally:
+        shutil.rmtree(directory)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from kenaz_drivers._common.identity import is_alive, runs, status
+from kenaz_drivers._common.identity import boot_id, is_alive, runs, status
 from kenaz_drivers.contract import MARK, DriverError, JsonObject
 
 _POLL = 0.05  # seconds between looks at a process that cannot be waited for
@@ -54,6 +54,8 @@ def undead(pid: int) -> DriverError:
 
 def _kin(handle: JsonObject, alone: bool) -> dict[int, str]:
     """The running processes that are the handle's: start times by number."""
+    if handle.get("boot_id", boot_id()) != boot_id():
+        return {}
     itself = int(handle["pid"]) if "pid" in handle and is_alive(handle) else 0
     found = {itself: str(handle["start_time"])} if itself else {}
     if alone or sys.platform != "linux":
