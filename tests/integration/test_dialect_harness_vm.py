@@ -21,7 +21,7 @@ from kenaz_engine.channel.framing import LINE_OUT, LengthPrefixed
 from kenaz_engine.guest import cpio
 from kenaz_engine.guest.build import build
 from kenaz_engine.guest.recipe import FILES
-from kenaz_engine.images.catalog import default_cache
+from kenaz_engine.images.catalog import default_cache, find_image
 
 SECONDS = 180.0
 Message = dict[str, Any]
@@ -53,11 +53,14 @@ def replaced(text: str, old: str, new: str) -> bytes:
 @pytest.fixture(scope="module")
 def image(go_program: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo image with the stand-in in its agent's place: its initrd puts it onto the throw-away disk."""
-    demo = default_cache() / "images/demo/x86_64"
-    build("x86_64", demo)
+    build("x86_64")
+    demo = find_image("demo", "x86_64", default_cache())
+    assert demo.manifest is not None
+    assert demo.initrd is not None
+    manifest = json.loads(demo.manifest.read_text())
     variant = tmp_path_factory.mktemp("image")
-    for name in ("kernel", "root.ext4"):
-        (variant / name).symlink_to(demo / name)
+    for name in ("kernel", "root"):
+        (variant / manifest["parts"][name]["file"]).symlink_to(demo.parts[name].path)
     steps = "busybox cp /harness-vm root/usr/bin/harness-vm\nbusybox cp /harness-init root/sbin/init\n"
     into_root = "busybox mount -o move /sys /root/sys"
     agent = re.compile(r"^ *python3\.11 .*--machine$", re.MULTILINE)
@@ -71,9 +74,8 @@ def image(go_program: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         cpio.file("harness-init", agent.sub(start, init).encode(), 0o755),
         cpio.file("harness-vm", go_program("harness_vm").read_bytes(), 0o755),
     ]
-    initrd = (demo / "initrd").read_bytes() + cpio.archive(added)
+    initrd = demo.initrd.read_bytes() + cpio.archive(added)
     (variant / "initrd").write_bytes(initrd)
-    manifest = json.loads((demo / "image.json").read_text())
     manifest["name"] = "harness-vm"
     manifest["parts"]["initrd"] |= {"size": len(initrd), "sha256": hashlib.sha256(initrd).hexdigest()}
     (variant / "image.json").write_text(json.dumps(manifest))
