@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import os
 import re
@@ -178,14 +179,16 @@ def world(tmp_path: Path) -> Iterator[World]:
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], World]]:
     """Makes places where sessions are run, which do not see each other; afterwards nothing may be left."""
     made: list[World] = []
+    numbers = itertools.count()  # tests call it from threads
     base = tmp_path_factory.mktemp("w")
     with tempfile.TemporaryDirectory(prefix="kz-") as runtime:
 
         def make() -> World:
-            place = Path(runtime, str(len(made)))
+            place = Path(runtime, str(next(numbers)))
             place.mkdir(mode=0o700)
-            made.append(World(base / place.name, place))
-            return made[-1]
+            world = World(base / place.name, place)
+            made.append(world)
+            return world
 
         yield make
         assert [left for world in made for left in world.left()] == []

@@ -275,6 +275,16 @@ def test_a_terminal_that_is_closed_ends_the_session_gracefully(world: Any) -> No
     assert world.status("s1") == "ended"
 
 
+def test_under_nohup_a_session_outlives_its_terminal(world: Any) -> None:
+    command = world.command("--session-id", "s1", behaviour="mute")
+    with subprocess.Popen(["nohup", *command], env=world.environment, stdout=subprocess.DEVNULL) as running:
+        world.wait_for("s1", "connecting")
+        running.send_signal(signal.SIGHUP)
+        running.send_signal(signal.SIGTERM)
+        running.wait(60)
+    assert [r["type"] for r in world.records("s1") if r.get("data", {}).get("by") == "signal"] == ["end"]
+
+
 # --- a session that hangs -----------------------------------------------------------------------------------
 
 

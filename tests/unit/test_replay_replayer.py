@@ -34,6 +34,7 @@ PATHS = {
     "qemu-hello": "resolving allocating booting connecting running draining stopping releasing ended",
     "qemu-interrupted": "resolving allocating booting connecting stopping releasing failed",
     "qemu-launcher-killed": "resolving allocating booting connecting",
+    "qemu-reaped": "resolving allocating booting connecting running",
     "qemu-unreachable": "resolving allocating booting connecting killing releasing failed",
     "qemu-vm-killed": "resolving allocating booting connecting killing releasing failed",
 }
@@ -504,3 +505,58 @@ async def test_every_runner_s_journal_replays_on_its_lifecycle_alone(
 
 def _flat(text: str) -> str:
     return "\n".join(line[4:] for line in text.splitlines())
+
+
+# --- what a reaper wrote ------------------------------------------------------------------------------------
+
+
+def reap_of(records: list[dict[str, Any]]) -> int:
+    return next(n for n, record in enumerate(records) if record["kind"] == "reap")
+
+
+@pytest.mark.parametrize(
+    ("change", "about"),
+    [
+        (lambda records: records[-1].update(success=True), "end"),
+        (lambda records: records[-1].update(state="ended"), "end"),
+        (lambda records: records.pop(-2), "end"),
+        (lambda records: records.insert(reap_of(records) + 1, records[3]), "order"),
+        (lambda records: records.insert(reap_of(records) + 2, records[reap_of(records) + 1]), "ledger"),
+        (lambda records: records.append(records[-1]), "order"),
+    ],
+)
+def test_a_reaper_does_what_reapers_do(change: Callable[[list[dict[str, Any]]], Any], about: str) -> None:
+    found = replay(changed(change, "qemu-reaped")).divergence
+    assert found is not None
+    assert found.about == about
+
+
+def test_an_event_whose_decision_was_not_written_has_changed_nothing() -> None:
+    def cut(records: list[dict[str, Any]]) -> None:
+        """Dies between the event that leads from `connecting` to `running` and its decision."""
+        last = max(n for n, r in enumerate(records) if r["kind"] == "decision" and r["state"] == "running")
+        tail = records[reap_of(records) :]
+        held = {r["id"] for r in records[:last] if r["kind"] == "intent"}
+        records[last:] = [r for r in tail if r["kind"] != "released" or r["id"] in held]
+        records[-1]["state"] = "connecting"
+
+    assert replay(changed(cut, "qemu-reaped")).ok
+
+
+def test_what_an_ended_session_left_may_be_reaped_later() -> None:
+    def left_over(records: list[dict[str, Any]]) -> None:
+        end = records.pop()
+        keep = next(
+            n for n, r in enumerate(records) if r["kind"] == "released" and r["resource"] == "control"
+        )
+        control = records.pop(keep)
+        left = {"id": control["id"], "resource": "control", "type": "socket", "error": "no"}
+        reaper = golden("qemu-reaped").records[reap_of(golden("qemu-reaped").records)]
+        records += [
+            {**end, "success": False, "left": [left]},
+            reaper,
+            control,
+            {**end, "success": False, "reaped": True},
+        ]
+
+    assert replay(changed(left_over, "qemu-hello")).ok

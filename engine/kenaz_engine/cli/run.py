@@ -173,7 +173,10 @@ class _Signals:
 
     async def watch(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Runs until cancelled."""
-        known = [s for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s]
+        known = [signal.SIGINT, signal.SIGTERM]
+        hangup: signal.Signals | None = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # by nohup
+            known.append(hangup)
         with trio.open_signal_receiver(*known) as signals:
             task_status.started()
             async for _ in signals:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kenaz_drivers._common.identity import is_alive
 from kenaz_engine.journal.reader import read_journal
 from kenaz_engine.journal.records import Damaged
 from kenaz_engine.session.ledger import Left
@@ -34,15 +35,6 @@ def _left(record: Mapping[str, Any]) -> str:
     handle = record["handle"]
     if "inode" in handle and is_same(handle):
         return f"the {record['resource']} {handle['path']}"
-    if "pid" in handle and _runs(handle):
+    if "pid" in handle and is_alive(handle):
         return f"the {record['resource']}, process {handle['pid']}"
     return ""
-
-
-def _runs(handle: Mapping[str, Any]) -> bool:
-    """True while the process of that pid and start time is there (Linux; elsewhere its end was awaited)."""
-    try:
-        status = Path(f"/proc/{handle['pid']}/stat").read_text("ascii", "replace")
-    except OSError:
-        return False
-    return status.rsplit(")", 1)[1].split()[19] == str(handle.get("start_time"))
