@@ -30,7 +30,8 @@ class Publisher:
     `status` and `headers` (an answer without a file), `drop` (bytes after which the connection ends), `stall`
     (bytes after which nothing comes until the end of the test), `trickle` (seconds between bytes), `plain`
     (no range is known), `content` (another body), `length` (another Content-Length), `change` (a new content
-    for the path, before this answer), `gate` (bytes, and an event before which no more come), `etag`.
+    for the path, before this answer), `gate` (bytes, and an event before which no more come), `endless`
+    (the content again and again, without a length, up to so many bytes; `sent` says how many went), `etag`.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
@@ -38,6 +39,7 @@ class Publisher:
         self.faults: dict[str, list[Sets]] = {}
         self.log: list[tuple[str, str, dict[str, str]]] = []
         self.etags = True
+        self.sent = 0
         self.over = threading.Event()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -131,8 +133,18 @@ class Publisher:
                 return
             sent["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         out = fault.get("content", content)[start:]
-        self._head(handler, status, {**sent, "Content-Length": str(fault.get("length", len(out)))})
+        length = {} if "endless" in fault else {"Content-Length": str(fault.get("length", len(out)))}
+        handler.close_connection = not length
+        self._head(handler, status, {**sent, **length})
         if not body:
+            return
+        if "endless" in fault:
+            sent = 0
+            try:
+                while sent < fault["endless"]:
+                    sent += handler.wfile.write(out)
+            finally:
+                self.sent = sent
             return
         if "gate" in fault:
             middle, gate = fault["gate"]

@@ -248,6 +248,16 @@ async def test_more_than_was_promised_is_not_read(one: Any, fetch: Fetch) -> Non
     assert (await fetch()).root.read_bytes() == ROOT
 
 
+async def test_a_body_without_an_end_is_left(one: Any, fetch: Fetch) -> None:
+    one.faults["root"] = [{"endless": 1 << 30}]
+    error = await fetch.refused()
+    assert f"has more than the {len(ROOT)} bytes that are promised" in str(error)
+    with trio.fail_after(10):
+        while not one.sent:
+            await trio.sleep(0.01)
+    assert one.sent < 64 << 20
+
+
 async def test_another_mirror_takes_over_where_the_first_broke_off(
     one: Any, fetch: Fetch, publishers: Callable[..., Any]
 ) -> None:
@@ -529,6 +539,12 @@ async def test_a_signed_manifest_is_asked_for_again_by_the_policy(
     assert (await fetch("sigil:1")).tag == "1"
 
 
+async def test_an_endless_manifest_is_left(rolling: Any, fetch: Fetch) -> None:
+    rolling.faults["image.json"] = [{"endless": 1 << 30}]
+    with pytest.raises(ImageError, match="is longer than 1048576 bytes"):
+        await fetch()
+
+
 async def test_an_update_leaves_what_a_session_uses(rolling: Any, fetch: Fetch, signer: Signer) -> None:
     used = await fetch.ensure()
     before = used.image.root.read_bytes()
@@ -579,6 +595,16 @@ async def test_a_signed_manifest_is_not_followed_out_of_tls(
 ) -> None:
     release(publisher, signer, "9")
     rolling.faults["image.json"] = [{"status": 302, "headers": {"Location": publisher.url("image.json")}}]
+    with pytest.raises(Untrusted, match="only https: will do"):
+        await fetch()
+
+
+async def test_a_detour_out_of_tls_is_none_the_better(
+    rolling: Any, fetch: Fetch, signer: Signer, publisher: Any
+) -> None:
+    rolling.files["/back"] = rolling.files["/image.json"]
+    rolling.faults["image.json"] = [{"status": 302, "headers": {"Location": publisher.url("hop")}}]
+    publisher.faults["hop"] = [{"status": 302, "headers": {"Location": rolling.url("back")}}]
     with pytest.raises(Untrusted, match="only https: will do"):
         await fetch()
 

@@ -21,6 +21,7 @@ from kenaz_engine.images.transfer import Have, Patience, Progress
 CONTENT = os.urandom(3_000_000)
 CONFIG = """\
 daemon off;
+{user}
 pid {base}/pid;
 error_log {base}/error.log;
 events {{}}
@@ -52,12 +53,10 @@ def nginx(tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "www").mkdir()
-    tmp_path.chmod(0o755)
-    for path in tmp_path.parents:
-        if path != Path("/tmp") and path.stat().st_uid == os.getuid() and len(path.parts) > 2:
-            path.chmod(path.stat().st_mode | 0o055)
     (tmp_path / "www/root").write_bytes(CONTENT)
-    (tmp_path / "conf").write_text(CONFIG.format(base=tmp_path, port=port))
+    # As root it would serve as somebody who may not read the test's directory.
+    user = "user root;" if os.getuid() == 0 else ""
+    (tmp_path / "conf").write_text(CONFIG.format(base=tmp_path, port=port, user=user))
     with subprocess.Popen([binary, "-p", tmp_path, "-c", tmp_path / "conf"]) as server:
         for _ in range(500):
             with socket.socket() as probe:

@@ -143,11 +143,14 @@ async def _get(
                     )
                     kind = Kind.BROKEN if answer.transient else Kind.REFUSED
                     return Ended(kind, f"status {response.status_code}", after=answer.after)
-                async with aclosing(raw(response)) as chunks:
-                    async for chunk in chunks:
-                        content += chunk
-                        if len(content) > limit:
-                            return Ended(Kind.REFUSED, f"is longer than {limit} bytes")
+                with trio.CancelScope() as enough:
+                    async with aclosing(raw(response)) as chunks:
+                        async for chunk in chunks:
+                            content += chunk
+                            if len(content) > limit:
+                                enough.cancel()  # leaving the loop would leave httpx's generators open
+                if len(content) > limit:
+                    return Ended(Kind.REFUSED, f"is longer than {limit} bytes")
                 head, last = response.headers, str(response.url)
                 hops = [str(hop.url) for hop in response.history]
     except trio.TooSlowError:

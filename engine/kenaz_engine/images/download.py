@@ -395,7 +395,7 @@ async def _receive(
                             if mark >= patience.least:
                                 mark, window.deadline = 0, trio.current_time() + patience.window
                             if size > wanted.size:
-                                break
+                                window.cancel()  # leaving the loop would leave httpx's generators open
             except Exception as error:
                 broken = error
             if pending:
@@ -416,7 +416,7 @@ async def _receive(
         raise full
     if broken is not None:
         raise broken
-    if window.cancelled_caught:
+    if window.cancelled_caught and part.have.size <= wanted.size:
         raise _Slow
 
 
