@@ -56,6 +56,9 @@ test-all: host-test .venv/ready-to-test ## only what `test` leaves out because i
 bench: host-test image .venv/ready-to-test ## measure what docs/performance.md promises
 	$(BIN)/python tests/benchmarks
 
+fuzz: .venv/ready-to-test ## tamper with frames for a long time (FUZZ=seconds, or a number of frames: 10000000f)
+	$(BIN)/python tests/property/test_channel_fuzz.py $${FUZZ:-600}
+
 lint: host-lint .venv/ready-to-test ## check style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,5 +107,5 @@ host-image-aarch64:
 	@$(PIP) --editable . --group test --group lint
 	@touch .venv/ready-to-run $@
 
-.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench lint format clean \
+.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz lint format clean \
 	which-image host-session host-test host-lint host-image-aarch64

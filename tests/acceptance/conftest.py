@@ -267,7 +267,7 @@ def harness(tmp_path: Path) -> Iterator[Callable[[Answer], Harness]]:
     made: list[Harness] = []
 
     def listen(answer: Answer) -> Harness:
-        made.append(Harness(tmp_path / "h", answer))
+        made.append(Harness(tmp_path / f"h{len(made) or ''}", answer))
         return made[-1]
 
     yield listen

@@ -128,6 +128,28 @@ async def test_a_connection_that_is_cut_is_made_again(tmp_path: Path) -> None:
     check(result, records, "the guest closed the channel without a bye")
 
 
+async def test_a_guest_that_resumes_is_not_missed(tmp_path: Path) -> None:
+    """Its connection breaks in the middle of a message, twice. Its harness hears each once, and no more."""
+
+    async def play(harness: Harness) -> None:
+        await harness.until("session.open")
+        for _ in range(3):
+            message = await harness.receive()
+            assert message is not None
+            await harness.say(kind="prompt.result", id=message["id"], text="")
+        await harness.say(kind="end")
+        await harness.until("session.close")
+        said = [m.get("text") for m in harness.heard[1:4]]
+        assert said == ["said in two pieces", "said in two pieces", "/nothing does not exist"]
+        assert [m["kind"] for m in harness.heard[4:]] == ["session.close"]
+
+    result, records = await session(tmp_path, "process", ["cut", "cut", "read:/nothing"], play)
+    assert (result["success"], result["exit"], result["left"]) == (True, 0, [])
+    assert way(records) == [*USUAL, *(["reconnecting", "running"] * 2), *ENDING]
+    hellos = [r["outcome"] for r in records if r["kind"] == "channel" and r["message"] == "hello"]
+    assert hellos == ["taken", "resumed", "resumed"]
+
+
 async def test_requests_of_both_sides_end_with_the_guest_that_is_lost(tmp_path: Path) -> None:
     """The guest hangs up while each side waits for the other. Late answers hit nobody."""
 

@@ -36,6 +36,21 @@ class QuickHarness:
     def open(self, session: str, build: str, capabilities: Sequence[str]) -> None:
         """Takes note of nothing."""
 
+    @property
+    def has_room(self) -> bool:
+        return False
+
+    @property
+    def resumable(self) -> bool:
+        return False
+
+    def put(self, payload: bytes) -> None:
+        raise AssertionError("there is no room")
+
+    def push(self) -> None: ...
+
+    def took(self, size: int) -> None: ...
+
     async def send(self, payload: bytes) -> None:
         await trio.lowlevel.checkpoint()
 

@@ -38,7 +38,7 @@ def test_the_example_is_what_happens() -> None:
 def test_the_example_in_lines_is_what_happens() -> None:
     [block] = re.findall(r"```lines\n(.*?)```", REFERENCE, re.DOTALL)
     limits = Expected("s-1", "t0ken", ToolPolicy(), capabilities=frozenset({"approval"}))
-    launcher = HARNESS_VM.talk(limits, {})
+    launcher = HARNESS_VM.talk(limits, {}, None)
     hears = {"guest": launcher.from_guest, "harness": launcher.from_harness}
     said = launcher.begin()
     for line in block.splitlines():

@@ -609,10 +609,20 @@ class Interrupting:
             self.scope.cancel()
         await trio.lowlevel.checkpoint()
 
+    has_room = False  # so that all goes by `send`, which waits
+    resumable = False
+
     async def run(self) -> None: ...
 
     def open(self, session: str, build: str, capabilities: Any) -> None:
         self.got.append(b"open")
+
+    def put(self, payload: bytes) -> None:
+        raise AssertionError
+
+    def push(self) -> None: ...
+
+    def took(self, size: int) -> None: ...
 
     async def send(self, payload: bytes) -> None:
         await self._gate()

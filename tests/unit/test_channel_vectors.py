@@ -97,7 +97,7 @@ def test_encoding(content: Any, case: Any) -> None:
 def test_what_is_a_message(content: Any, case: Any) -> None:
     hello = {"kind": "hello", "protocol": 1, "session": "s", "token": "t", "agent": "", "build": ""}
     expected = Expected("s", "t", ToolPolicy(), Limits(depth=case["depth"]))
-    talk = KENAZ.talk(expected, {})
+    talk = KENAZ.talk(expected, {}, None)
     talk.from_guest(strict_json.dumps({**hello, "capabilities": []}))
     actions = talk.from_guest(bytes.fromhex(case["payload"]))
     found = next((action.code for action in actions if isinstance(action, Violation)), None)
@@ -149,7 +149,7 @@ def test_conversations(content: Any, case: Any) -> None:
     limits = Limits(frame=content["limits"]["frame"], invocations=content["limits"]["invocations"])
     tools = ToolPolicy(content["tools"]["allow"], content["tools"]["deny"])
     capabilities = frozenset(content["capabilities"])
-    talk = dialect.talk(Expected(content["session"], content["token"], tools, limits, capabilities), {})
+    talk = dialect.talk(Expected(content["session"], content["token"], tools, limits, capabilities), {}, None)
     heard = list(said(talk.begin()))
     for step in case["steps"]:
         match step:

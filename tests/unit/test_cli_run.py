@@ -36,7 +36,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ("tcp:1", 2, "--harness tcp:1: it must be unix:PATH"),
         ("unix:", 2, "--harness unix:: it must be unix:PATH"),
-        ("unix:/none", 3, "--harness: nothing is at /none (start the harness first)"),
+        ("unix:/none/h", 3, "--harness: /none is no directory (name a socket in a directory that exists)"),
         ("unix:/", 2, "--harness: / is not a socket"),
     ],
 )

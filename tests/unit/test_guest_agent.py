@@ -123,7 +123,7 @@ def test_hello_carries_who_the_guest_is(host: Host) -> None:
         "token": "canary-token",
         "agent": f"kenaz-guest/{__version__}",
         "build": "2026.11",
-        "capabilities": ["tools", "prompts", "exec"],
+        "capabilities": ["tools", "prompts", "exec", "resume"],
     }
 
 
@@ -277,7 +277,7 @@ def test_prompts_of_the_disk_and_unknown_words(host: Host) -> None:
     assert host.child is not None
     host.child.terminate()
     _, console = host.ends()
-    assert console.startswith("kenaz-guest: unknown word zork; known are bye, demo,")
+    assert console.startswith("kenaz-guest: unknown word zork; known are bye, cut, demo,")
     assert console.endswith("kenaz: emergency: asked for\n")
 
 

@@ -16,12 +16,28 @@ from typing import Protocol
 
 from kenaz_engine.channel.framing import Framing, LengthPrefixed, Lines, Marked
 from kenaz_engine.channel.harness_vm import HarnessVmProtocol
-from kenaz_engine.channel.protocol import Action, Expected, GuestProtocol, Side
+from kenaz_engine.channel.protocol import Action, Expected, GuestProtocol, Side, State
+from kenaz_engine.channel.resume import Kept
 
 
 class Talk(Protocol):
-    """One conversation with a guest, without IO: what a relay asks of it. All methods but `void` return what
-    to do, in order; none waits or fails."""
+    """One conversation with a guest, without IO: what a relay asks of it. What returns actions returns them in
+    order; nothing waits or fails."""
+
+    @property
+    def state(self) -> State:
+        """Where the conversation stands."""
+        ...
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the guest may go on on another stream."""
+        ...
+
+    @property
+    def conversation(self) -> int:
+        """The conversation's number."""
+        ...
 
     @property
     def void(self) -> Mapping[str, str]:
@@ -32,16 +48,32 @@ class Talk(Protocol):
         """The stream is there: what the launcher says before the guest has said anything."""
         ...
 
-    def from_guest(self, payload: bytes) -> list[Action]:
+    def from_guest(self, payload: bytes, now: float = 0.0) -> list[Action]:
         """A payload came from the guest."""
         ...
 
-    def from_harness(self, payload: bytes) -> list[Action]:
+    def from_harness(self, payload: bytes, now: float = 0.0) -> list[Action]:
         """A payload came from the harness."""
         ...
 
     def fault(self, code: str, message: str, *, side: Side = "guest") -> list[Action]:
         """The bytes of that side were not frames."""
+        ...
+
+    def next_deadline(self, now: float) -> float:
+        """When to call `expire` next, or earlier."""
+        ...
+
+    def expire(self, now: float) -> list[Action]:
+        """Ends what has taken too long."""
+        ...
+
+    def resumed(self) -> list[Action]:
+        """The guest that was away goes on, on another stream."""
+        ...
+
+    def give_up(self) -> list[Action]:
+        """The guest that is away, if it is, does not come back."""
         ...
 
     def lost(self) -> list[Action]:
@@ -73,12 +105,12 @@ class Talk(Protocol):
 class Dialect:
     """How guest and launcher talk. `dialled` says that the launcher dials: then whatever goes wrong before
     the guest has proved itself is tried again. `talk` also gets the requests of a lost guest that the harness
-    may still answer."""
+    may still answer, and what is kept of the conversation with it."""
 
     name: str
     dialled: bool
     framing: Callable[[Expected], Framing]
-    talk: Callable[[Expected, Mapping[str, str]], Talk]
+    talk: Callable[[Expected, Mapping[str, str], Kept | None], Talk]
 
 
 def _frames(expected: Expected) -> Framing:
@@ -93,7 +125,7 @@ HARNESS_VM = Dialect(
     "harness-vm",
     dialled=True,
     framing=lambda expected: Lines(expected.limits.frame),
-    talk=lambda expected, void: HarnessVmProtocol(expected),
+    talk=lambda expected, void, kept: HarnessVmProtocol(expected),
 )
 """That of today's harness-vm, which listens in its guest."""
 

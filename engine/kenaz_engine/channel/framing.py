@@ -50,6 +50,10 @@ class Framing(Protocol):
         """The payload as a frame. Raises FramingError when it does not fit in one."""
         ...
 
+    def pieces(self, payload: bytes) -> tuple[bytes, ...]:
+        """As `encode`, in pieces, so that what is large need not be copied."""
+        ...
+
 
 class LengthPrefixed:
     """4 bytes of length, big-endian and unsigned, then that many bytes; 1 to `limit` of them.
@@ -79,32 +83,46 @@ class LengthPrefixed:
         """The payloads that `data` completes, in order. After an error, bytes are dropped."""
         if self._error is not None:
             return []
-        buffer = self._buffer
-        buffer += data
-        if len(buffer) < self._wanted:
-            return []
+        buffer, start = self._buffer, 0
         payloads: list[bytes] = []
-        start = 0
-        with memoryview(buffer) as view:
-            while True:
-                self._wanted = HEADER
-                body = start + HEADER
-                if len(view) < body:
-                    break
-                length = int.from_bytes(view[start:body], "big")
+        while buffer:  # completes what is held back, first its header; the rest is cut from `data` itself
+            end = start + self._wanted - len(buffer)
+            buffer += memoryview(data)[start:end]
+            start = end
+            if len(buffer) < self._wanted:
+                return payloads
+            if self._wanted == HEADER:
+                length = int.from_bytes(buffer, "big")
                 if not 0 < length <= self._limit:
-                    self._error = self._refusal(length)
-                    break
-                end = body + length
-                if len(view) < end:
-                    self._wanted = HEADER + length
-                    break
-                payloads.append(bytes(view[body:end]))
-                start = end
-        if self._error is not None:
-            buffer.clear()
-        else:
-            del buffer[:start]
+                    return self._fail(payloads, length)
+                self._wanted = HEADER + length
+            else:
+                payloads.append(bytes(memoryview(buffer)[HEADER:]))
+                self._reset()
+                break
+        size = len(data)
+        while size - start >= HEADER:
+            body = start + HEADER
+            length = int.from_bytes(data[start:body], "big")
+            if not 0 < length <= self._limit:
+                return self._fail(payloads, length)
+            end = body + length
+            if size < end:
+                self._wanted = HEADER + length
+                break
+            payloads.append(data[body:end])
+            start = end
+        if start < size:
+            self._buffer += memoryview(data)[start:]
+        return payloads
+
+    def _reset(self) -> None:
+        self._buffer = bytearray()
+        self._wanted = HEADER
+
+    def _fail(self, payloads: list[bytes], length: int) -> list[bytes]:
+        self._reset()
+        self._error = self._refusal(length)
         return payloads
 
     def close(self) -> None:
@@ -119,6 +137,12 @@ class LengthPrefixed:
         if not 0 < len(payload) <= self._limit:
             raise self._refusal(len(payload))
         return len(payload).to_bytes(HEADER, "big") + payload
+
+    def pieces(self, payload: bytes) -> tuple[bytes, ...]:
+        """As `encode`, in pieces, so that what is large need not be copied."""
+        if not 0 < len(payload) <= self._limit:
+            raise self._refusal(len(payload))
+        return len(payload).to_bytes(HEADER, "big"), payload
 
     def _refusal(self, length: int) -> FramingError:
         if length == 0:
@@ -168,6 +192,10 @@ class Marked:
     def encode(self, payload: bytes) -> bytes:
         """The payload as a frame, or the mark. Raises FramingError when it does not fit in one."""
         return self._frames.encode(payload) if payload else MARK
+
+    def pieces(self, payload: bytes) -> tuple[bytes, ...]:
+        """As `encode`, in pieces."""
+        return self._frames.pieces(payload) if payload else (MARK,)
 
 
 LINE_OUT = 64 * 1024
@@ -237,6 +265,10 @@ class Lines:
         if b"\n" in payload:
             raise FramingError("frame_newline", "a message with a line break in it")
         return payload + b"\n"
+
+    def pieces(self, payload: bytes) -> tuple[bytes, ...]:
+        """As `encode`: a line is small."""
+        return (self.encode(payload),)
 
 
 def _line_refusal(limit: int) -> FramingError:

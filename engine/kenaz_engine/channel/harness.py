@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import trio
 
 from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.connection import Connection
-from kenaz_engine.channel.framing import LengthPrefixed
+from kenaz_engine.channel.framing import FramingError, LengthPrefixed
 from kenaz_engine.channel.protocol import VERSION, Limits
+from kenaz_engine.channel.resume import Inbox, NotKept
 
 LAST_WORD = 1.0
 """Seconds that writing `session.close` may take."""
+
+RETRY = 0.1
+"""Seconds between two attempts to reach a harness that is not there."""
+
+_FORGOT = "a harness that says `resume` must keep what the protocol says, also over its own restart"
 
 QUIET = 1.0
 """Seconds without a message after which the demo harness ends the session."""
@@ -32,12 +38,30 @@ class HarnessError(Exception):
 class HarnessLink(Protocol):
     """A harness, for one session. It outlives the activities that use it: `run` is a task of the session."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `put` may be called."""
+        ...
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the harness acknowledges: then it is read also while there is no room for what it says."""
+        ...
+
     async def run(self) -> None:
         """Writes what was sent. Returns when the harness takes no more; raises nothing for what it does."""
         ...
 
     def open(self, session: str, build: str, capabilities: Sequence[str]) -> None:
         """Tells the harness which session this is. The first call, and the only one of its kind."""
+        ...
+
+    def put(self, payload: bytes) -> None:
+        """Takes a payload, which `push` writes; drops it if the harness is gone."""
+        ...
+
+    def push(self) -> None:
+        """Sees to it that what was put is written."""
         ...
 
     async def send(self, payload: bytes) -> None:
@@ -48,8 +72,14 @@ class HarnessLink(Protocol):
     async def receive(self) -> bytes | None:
         """The next payload; None when no more will come. If cancelled, none is lost.
 
-        Raises FramingError when the harness sends no frames.
+        An empty one says that the connection broke: another one is made when all that came before is taken
+        and this is called again. Raises FramingError when the harness sends no frames, HarnessError when it
+        went away and did not come back.
         """
+        ...
+
+    def took(self, size: int) -> None:
+        """A payload of that size, which `receive` gave, is in good hands."""
         ...
 
     async def aclose(self, outcome: str) -> None:
@@ -58,66 +88,249 @@ class HarnessLink(Protocol):
         ...
 
 
-class UnixHarness:
-    """A harness that listens on a UNIX socket; the launcher dials it."""
+Dial = Callable[[], Awaitable[trio.abc.Stream]]
+"""Connects to the harness once. Raises OSError."""
 
-    def __init__(self, stream: trio.abc.Stream, limits: Limits) -> None:
-        self._connection = Connection(
-            stream, LengthPrefixed(limits.frame), queue=limits.queue, write=limits.write
-        )
+
+class UnixHarness:
+    """A harness that listens on a UNIX socket; the launcher dials it, and again where it can resume [Z7].
+
+    `dial` is None where it can be dialled only once.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, limits: Limits, dial: Dial | None = None) -> None:
+        self._limits = limits
+        self._dial = dial
+        self._connection = self._connect(stream)
+        self._connections = 1
+        self._heard = False
+        self._closing = False
+        self._introduction: dict[str, Any] = {}
+        self._lost: HarnessError | None = None
+        self._changed = trio.lowlevel.ParkingLot()
+        self._dialling = trio.CancelScope()
+        self._read_out: Connection | None = None  # all that came over it is taken
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `put` may be called."""
+        return self._connection.has_room
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the harness acknowledges."""
+        return self._connection.inbox is not None
 
     async def run(self) -> None:
         """Writes what was sent. Returns when the harness takes no more."""
-        await self._connection.run()
+        while True:
+            await self._connection.run()
+            while self.resumable and self._read_out is not self._connection and not self._closing:
+                await self._changed.park()
+            if self._closing or not self.resumable:
+                return
+            try:
+                with trio.CancelScope() as self._dialling:
+                    self._connection = await self._again()
+            except HarnessError as exc:
+                self._lost = exc
+            self._changed.unpark_all()
+            if self._closing or self._lost:
+                return
 
     def open(self, session: str, build: str, capabilities: Sequence[str]) -> None:
         """Queues `session.open`."""
-        self._connection.put(
-            strict_json.dumps(
-                {
-                    "kind": "session.open",
-                    "session": session,
-                    "build": build,
-                    "capabilities": list(capabilities),
-                    "protocol": VERSION,
-                }
-            )
-        )
+        self._introduction = {
+            "kind": "session.open",
+            "session": session,
+            "build": build,
+            "capabilities": list(capabilities),
+            "protocol": VERSION,
+        }
+        self._connection.put(self._opening(0))
+        if self._dial is not None:
+            self._connection.outbox.keep(trial=True)
+        self._connection.push()
+
+    def put(self, payload: bytes) -> None:
+        """Takes a payload, which `push` writes; drops it if the harness is gone."""
+        if self._lost is None:
+            self._connection.put(payload)
+
+    def push(self) -> None:
+        """Sees to it that what was put is written."""
+        self._connection.push()
 
     async def send(self, payload: bytes) -> None:
         """Takes a payload, when there is room; drops it if the harness is gone. If cancelled, it took
         nothing."""
-        await self._connection.send(payload)
+        while self._lost is None:
+            connection = self._connection
+            await connection.room(or_failure=True)
+            if connection.has_room:
+                break
+            await self._another(connection)
+        self.put(payload)
+        self.push()
 
     async def receive(self) -> bytes | None:
-        """The next payload; None when no more will come. If cancelled, none is lost. Raises FramingError."""
-        return await self._connection.receive()
+        """The next payload; None when no more will come. If cancelled, none is lost. Raises FramingError,
+        HarnessError."""
+        while True:
+            connection = self._connection
+            try:
+                payload = await connection.receive()
+            except FramingError as exc:
+                if not self.resumable or exc.code != "frame_cut":
+                    raise
+                payload = None
+            if payload is None and self.resumable and not self._closing:
+                if not connection.broken:
+                    connection.broken = True
+                    connection.fail("the harness closed the connection")
+                    return b""
+                self._read_out = connection
+                self._changed.unpark_all()
+                await self._another(connection)
+            elif payload is None or self._heard or not self._joins(payload):
+                self._heard = True
+                return payload
+
+    def took(self, size: int) -> None:
+        """A payload of that size, which `receive` gave, is in good hands."""
+        self._connection.took(size)
 
     async def aclose(self, outcome: str) -> None:
         """Writes `session.close` and closes; within LAST_WORD seconds."""
+        self._closing = True
+        self._dialling.cancel()
         self._connection.put(strict_json.dumps({"kind": "session.close", "outcome": outcome}))
         with trio.CancelScope(shield=True):
             with trio.move_on_after(LAST_WORD):
                 await self._connection.flush()
             await self._connection.aclose()
+        self._changed.unpark_all()
         await trio.lowlevel.checkpoint()
+
+    def _connect(self, stream: trio.abc.Stream) -> Connection:
+        limits = self._limits
+        return Connection(stream, LengthPrefixed(limits.frame), queue=limits.queue, write=limits.write)
+
+    def _opening(self, received: int) -> bytes:
+        if self._dial is None:
+            return strict_json.dumps(self._introduction)
+        limits = self._limits
+        resume = {
+            "connection": self._connections,
+            "received": received,
+            "window": limits.queue,
+            "grace": limits.grace,
+        }
+        return strict_json.dumps({**self._introduction, "resume": resume})
+
+    def _joins(self, payload: bytes) -> bool:
+        """Whether this first message of the harness says that it numbers its messages."""
+        self._heard = True
+        received = _resume(payload)
+        if received is None:
+            self._connection.outbox.stop()
+            return False
+        if received == 0 and self._connection.outbox.confirm():
+            self._connection.grant(Inbox(self._limits.queue))
+            self._connection.push()
+        return True
+
+    async def _another(self, than: Connection) -> None:
+        """Returns when there is another connection. Raises HarnessError when there will be none."""
+        while self._connection is than and self._lost is None and not self._closing:
+            await self._changed.park()
+        if self._lost is not None:
+            raise self._lost
+
+    async def _again(self) -> Connection:
+        """Another connection that goes on where the one before it broke. Raises HarnessError."""
+        assert self._dial is not None
+        grace = self._limits.grace
+        before = self._connection
+        await before.aclose()
+        with trio.move_on_after(grace):
+            while True:
+                try:
+                    return await self._resume_over(await self._dial(), before)
+                except OSError:
+                    await trio.sleep(RETRY)
+        raise HarnessError(
+            f"the harness went away and did not come back within {grace:g} s ({before.failure})",
+            hint="let it listen again sooner, or raise spec.channel.grace",
+        )
+
+    async def _resume_over(self, stream: trio.abc.Stream, before: Connection) -> Connection:
+        """Raises HarnessError where the harness cannot go on, OSError where its stream broke again."""
+        self._connections += 1
+        assert before.inbox is not None
+        connection = self._connect(stream)
+        try:
+            connection.put(self._opening(before.inbox.received))
+            await connection.flush()
+            payload = await connection.receive()
+            if payload is None:
+                raise ConnectionResetError
+            received = _resume(payload)
+            if received is None:
+                raise HarnessError("the harness came back without `resume`", hint=_FORGOT)
+            before.outbox.rewind(received)
+        except FramingError as exc:
+            await connection.aclose()
+            if exc.code == "frame_cut":
+                raise ConnectionResetError from None
+            raise HarnessError(f"the harness came back and sent no frames ({exc.code})") from None
+        except NotKept:
+            await connection.aclose()
+            raise HarnessError("the harness came back and has lost what it was sent", hint=_FORGOT) from None
+        except BaseException:
+            await connection.aclose()
+            raise
+        connection.number(before.outbox, before.inbox)
+        return connection
+
+
+def _resume(payload: bytes) -> int | None:
+    """How many messages the harness has taken, where this is its `resume`."""
+    try:
+        message = strict_json.loads(payload)
+    except strict_json.JsonRefused:
+        return None
+    received = message.get("received")
+    return received if message.get("kind") == "resume" and type(received) is int else None
 
 
 async def connect_harness(address: str, limits: Limits) -> UnixHarness:
-    """Dials the harness at `unix:PATH`. Raises HarnessError."""
+    """Dials the harness at `unix:PATH`, for as long as `limits.grace` gives it to come. Raises
+    HarnessError."""
     scheme, _, path = address.partition(":")
     if scheme != "unix" or not path:
         raise HarnessError(f"{address!r} is not the address of a harness", hint="write unix:PATH")
-    try:
-        stream = await trio.open_unix_socket(path)
-    except FileNotFoundError:
-        raise HarnessError(f"no harness listens at {path}", hint="start it before the session") from None
-    except OSError as exc:
-        raise HarnessError(
-            f"the harness at {path} cannot be reached: {exc.strerror or exc}",
-            hint="see that it listens there and that you may write to the socket",
-        ) from None
-    return UnixHarness(stream, limits)
+
+    async def dial() -> trio.abc.Stream:
+        return await trio.open_unix_socket(path)
+
+    failure: OSError | None = None
+    with trio.move_on_after(limits.grace):
+        while True:
+            try:
+                return UnixHarness(await dial(), limits, dial if limits.grace else None)
+            except (FileNotFoundError, ConnectionRefusedError) as exc:
+                failure = exc
+                await trio.sleep(RETRY)
+            except OSError as exc:
+                failure = exc
+                break
+    if failure is None or isinstance(failure, FileNotFoundError):
+        raise HarnessError(f"no harness listens at {path}", hint="start it before the session")
+    raise HarnessError(
+        f"the harness at {path} cannot be reached: {failure.strerror or failure}",
+        hint="see that it listens there and that you may write to the socket",
+    ) from None
 
 
 class DemoHarness:
@@ -135,6 +348,16 @@ class DemoHarness:
         self._news = trio.Event()
         self._prompts = 0
 
+    @property
+    def has_room(self) -> bool:
+        """It answers at once."""
+        return True
+
+    @property
+    def resumable(self) -> bool:
+        """It cannot be lost."""
+        return False
+
     async def run(self) -> None:
         """Nothing of it outlives a call."""
         await trio.lowlevel.checkpoint()
@@ -145,6 +368,16 @@ class DemoHarness:
         self._say(_line(f"guest connected: build {build or 'unnamed'}{can}"))
 
     async def send(self, payload: bytes) -> None:
+        """As `put`."""
+        self.put(payload)
+
+    def took(self, size: int) -> None:
+        """Nothing is kept."""
+
+    def push(self) -> None:
+        """Nothing waits."""
+
+    def put(self, payload: bytes) -> None:
         """Answers at once; the answer waits for `receive`."""
         message = json.loads(payload)  # the protocol has looked at it
         answer = self._answer(message)

@@ -12,6 +12,7 @@ Wire: docs/reference/vsock-protocol.md, rules G.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,6 +105,16 @@ class HarnessVmProtocol:
         return self._state
 
     @property
+    def resumable(self) -> bool:
+        """Never: this guest does not count its messages."""
+        return False
+
+    @property
+    def conversation(self) -> int:
+        """Without a number."""
+        return 0
+
+    @property
     def void(self) -> Mapping[str, str]:
         """Nothing: this guest asks the harness for approvals alone, and those end with their connection."""
         return {}
@@ -115,7 +126,7 @@ class HarnessVmProtocol:
             auth["capabilities"] = sorted(self._expected.capabilities)
         return self._send("guest", auth)
 
-    def from_guest(self, payload: bytes) -> list[Action]:
+    def from_guest(self, payload: bytes, now: float = 0.0) -> list[Action]:
         """A line came from the guest. After the end of the conversation it is dropped."""
         if self._state is State.CLOSED:
             return []
@@ -144,7 +155,7 @@ class HarnessVmProtocol:
         ]
         return [*actions, *self._drained()] if self._state is State.DRAINING else actions
 
-    def from_harness(self, payload: bytes) -> list[Action]:
+    def from_harness(self, payload: bytes, now: float = 0.0) -> list[Action]:
         """A message came from the harness: it is passed on, or answered here."""
         kind = identifier = ""
         message: dict[str, Any] = {}
@@ -167,6 +178,22 @@ class HarnessVmProtocol:
             error = {"kind": "error", "code": code, "message": message}
             return [report, *self._send("harness", error), Violation(side, code, message)]
         return self._bad_guest(code, message, b"", "")
+
+    def next_deadline(self, now: float) -> float:
+        """Never: today's guest has no deadline for its tasks, nor is one set here."""
+        return math.inf
+
+    def expire(self, now: float) -> list[Action]:
+        """Nothing takes too long."""
+        return []
+
+    def resumed(self) -> list[Action]:
+        """This guest numbers nothing."""
+        return []
+
+    def give_up(self) -> list[Action]:
+        """Nor is it ever away."""
+        return []
 
     def lost(self) -> list[Action]:
         """The connection is gone, and with it what was open on it [G11]."""
@@ -205,7 +232,7 @@ class HarnessVmProtocol:
             # Never what was asked for: a guest that does not know a capability says nothing of it.
             self._granted = self._expected.capabilities & granted
             self._state = State.OPEN
-            return [report, Opened(Hello("", "", tuple(sorted(self._granted)), {}))]
+            return [report, Opened(Hello("", "", tuple(sorted(self._granted)), {}), None)]
         self._state = State.CLOSED
         if kind == "auth.error":
             return [report, Refused("auth_refused", "the guest does not take the session's token")]

@@ -18,16 +18,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.framing import DEFAULT_LIMIT
 from kenaz_engine.channel.policy import ToolPolicy
+from kenaz_engine.channel.resume import Kept
 
 VERSION = 1
 
+RESUME = "resume"
+"""The capability of a guest that numbers its messages [Z]."""
+
 Side = Literal["guest", "harness"]
 _OTHER: Mapping[Side, Side] = {"guest": "harness", "harness": "guest"}
+_FROM: Mapping[Side, str] = {"guest": "from-guest", "harness": "from-harness"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,9 @@ class Limits:
 
     `frame`: bytes of a payload. `depth`: of nested objects and arrays. `invocations`: open requests of each
     side. `handshake`: seconds from the guest's first byte to its whole hello. `queue`: bytes that may wait
-    for a slow reader before its sender waits too. `write`: seconds after which a peer that reads nothing
-    counts as lost.
+    for a slow reader before its sender waits too; also those that a peer has not acknowledged [Z]. `write`:
+    seconds after which a peer that reads, or acknowledges, nothing counts as lost. `tool`: seconds that an
+    invocation may take [R6]. `grace`: seconds that a harness may be away [Z7].
     """
 
     frame: int = DEFAULT_LIMIT
@@ -46,6 +52,8 @@ class Limits:
     handshake: float = 10.0
     queue: int = 1024 * 1024
     write: float = 30.0
+    tool: float = 1800.0
+    grace: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +81,25 @@ class Hello:
     clock: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class ToGuest:
+class ToGuest(NamedTuple):
     """This payload is for the guest."""
 
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ToHarness:
+class ToHarness(NamedTuple):
     """This payload is for the harness."""
 
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """One message as the journal may know it: no text, no arguments, no results, no token.
 
     `direction` is `from-guest`, `to-guest`, `from-harness` or `to-harness`; the last two `to-` only for
     messages that the launcher made itself. `name` is the tool's. `size` is the payload's, in bytes.
     `outcome`: `relayed`, `sent`, `taken` (meant for the launcher), `late` (dropped, its request is over),
+    `resumed` (a hello that goes on with a conversation),
     `restarted` (the guest's agent has begun anew), or the code of the refusal or violation.
     """
 
@@ -107,9 +113,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The guest has proved itself."""
+    """The guest has proved itself. `resumed` says how many messages it has taken of the conversation that it
+    goes on with; None where it begins one."""
 
     hello: Hello
+    resumed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +202,7 @@ class State(enum.Enum):
     HELLO = "hello"
     OPEN = "open"
     DRAINING = "draining"
+    AWAY = "away"
     CLOSED = "closed"
 
 
@@ -201,10 +210,12 @@ _NEXT: Mapping[State, Mapping[str, State]] = {
     State.HELLO: {"hello accepted": State.OPEN, "refused": State.CLOSED, "lost": State.CLOSED},
     State.OPEN: {
         "drain": State.DRAINING,
+        "cut": State.AWAY,
         "bye": State.CLOSED,
         "violation": State.CLOSED,
         "lost": State.CLOSED,
     },
+    State.AWAY: {"resumed": State.OPEN, "lost": State.CLOSED},
     State.DRAINING: {"bye": State.CLOSED, "violation": State.CLOSED, "lost": State.CLOSED},
     State.CLOSED: {},
 }
@@ -256,6 +267,12 @@ _CAPABILITIES = _Shape(
     "a list of at most 64 words of 1 to 64 of a-z 0-9 . _ -",
     lambda value: isinstance(value, list) and len(value) <= 64 and all(map(_CAPABILITY, value)),
 )
+_RESUME = _Shape(
+    "an object of integers: conversation, received",
+    lambda value: (
+        isinstance(value, dict) and all(type(value.get(k)) is int for k in ("conversation", "received"))
+    ),
+)
 _CLOCK_MEMBERS = ("init", "agent", "hello")
 _CLOCK = _Shape(
     "an object of seconds: init, agent, hello",
@@ -269,6 +286,9 @@ _HELLO: Mapping[str, _Shape] = {
     "build": _LABEL,
     "capabilities": _CAPABILITIES,
 }
+
+_OPTIONAL: Mapping[str, _Shape] = {"clock": _CLOCK, "resume": _RESUME}
+"""What a hello may say besides."""
 
 _PASSING: Mapping[str, Mapping[str, _Shape]] = {
     "tool.invoke": {"id": _ID, "tool": _TOOL, "arguments": _OBJECT},
@@ -312,9 +332,19 @@ _REFUSALS = {
     "draining": "the session is ending",
     "unavailable": "the harness is gone",
     "gone": "the guest is gone",
-    "id_in_use": "the harness may still answer a request of that id, of a guest that is gone",
+    "id_in_use": "an earlier request of that id may still be answered",
+    "malformed": "the request lacks a member, or one is not what it must be",
+    "timeout": "the answer took too long",
 }
 """Codes with which the launcher itself answers a request [R]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """An open request; `since` is when it came."""
+
+    family: str
+    since: float
 
 
 class _Breach(Exception):
@@ -328,19 +358,27 @@ class _Breach(Exception):
 class GuestProtocol:
     """The conversation with one start of the guest's agent. All methods return what to do, in order.
 
-    `void` are the requests of a lost guest, as its conversation left them, that the harness may still answer.
+    `void` are the requests of a lost guest, as its conversation left them, that the harness may still answer;
+    `kept` is what the launcher has of the conversation with it. Times are seconds on any one clock.
     """
 
-    def __init__(self, expected: Expected, void: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, expected: Expected, void: Mapping[str, str] | None = None, kept: Kept | None = None
+    ) -> None:
         self._expected = expected
+        self._kept = kept
+        self.conversation = 1 if kept is None else kept.conversation + 1
+        self._resumable = False
         self._state = State.HELLO
         self._marked = False
         self._harness_gone = False
         self._commands = 0
         self._command = ""
         self._void = dict(void or {})
-        # Open requests by who asked: id -> `tool` or `prompt`.
-        self._open: Mapping[Side, dict[str, str]] = {"guest": {}, "harness": {}}
+        # By who asked, in order of time: requests that are open, and such as took too long and may yet be
+        # answered (id -> `tool`).
+        self._open: Mapping[Side, dict[str, _Request]] = {"guest": {}, "harness": {}}
+        self._overdue: Mapping[Side, dict[str, str]] = {"guest": {}, "harness": {}}
 
     @property
     def state(self) -> State:
@@ -354,28 +392,53 @@ class GuestProtocol:
 
     @property
     def void(self) -> Mapping[str, str]:
-        """Requests of guests that are gone, not yet answered by the harness: id -> `tool` or `prompt`."""
-        return self._void
+        """Requests of guests that are gone, or away, not yet answered by the harness: id -> `tool` or
+        `prompt`."""
+        return {**self._void, **self._overdue["guest"], **_families(self._open["guest"])}
+
+    @property
+    def resumable(self) -> bool:
+        """Whether both sides number their messages, so that the guest may go on on another stream."""
+        return self._resumable
 
     def begin(self) -> list[Action]:
         """The launcher says nothing before the guest's hello [H1]."""
         return []
 
-    def from_guest(self, payload: bytes) -> list[Action]:
-        """A payload came from the guest, or (empty) a mark. After the end of the conversation it is
-        dropped."""
-        if self._state is State.CLOSED:
+    def from_guest(self, payload: bytes, now: float = 0.0) -> list[Action]:
+        """A payload came from the guest, or (empty) a mark. After the end of the conversation, and while the
+        guest is away, it is dropped."""
+        if self._state in (State.CLOSED, State.AWAY):
             return []
         if not payload:
             return self._mark()
         if self._state is State.HELLO:
             return self._hello(payload)
-        return self._message("guest", payload)
+        return self._message("guest", payload, now)
 
-    def from_harness(self, payload: bytes) -> list[Action]:
+    def from_harness(self, payload: bytes, now: float = 0.0) -> list[Action]:
         """A payload came from the harness; the guest has said hello. After the end, requests are answered
         with `gone` and answers are dropped."""
-        return self._message("harness", payload)
+        return self._message("harness", payload, now)
+
+    def next_deadline(self, now: float) -> float:
+        """When to call `expire` next, or earlier."""
+        began = [r.since for asked in self._open.values() for r in asked.values() if r.family == "tool"]
+        return min(began, default=now) + self._expected.limits.tool
+
+    def expire(self, now: float) -> list[Action]:
+        """Ends the invocations that have taken too long: the asker is told, who was asked need not go on
+        [R6]."""
+        actions: list[Action] = []
+        latest = now - self._expected.limits.tool
+        for side, asked in self._open.items():
+            late = [i for i, r in asked.items() if r.family == "tool" and r.since <= latest]
+            for identifier in late:
+                del asked[identifier]
+                self._overdue[side][identifier] = "tool"
+                actions += self._answer(side, "tool", identifier, "timeout")
+                actions += self._send(_OTHER[side], {"kind": "tool.cancel", "id": identifier})
+        return actions
 
     def fault(self, code: str, message: str, *, side: Side = "guest") -> list[Action]:
         """The bytes of that side were not frames."""
@@ -385,8 +448,20 @@ class GuestProtocol:
         return self._violated(side, code, message, report)
 
     def lost(self) -> list[Action]:
-        """The guest's stream has ended."""
-        return self._close("lost") if self._state is not State.CLOSED else []
+        """The guest's stream has ended. Where it may go on, nothing of the conversation has."""
+        if self._state is State.OPEN and self._resumable:
+            self._go("cut")
+            return []
+        return self._close("lost") if self._state not in (State.CLOSED, State.AWAY) else []
+
+    def resumed(self) -> list[Action]:
+        """The guest that was away goes on, on another stream [Z4]."""
+        self._go("resumed")
+        return []
+
+    def give_up(self) -> list[Action]:
+        """The guest that is away, if it is, does not come back."""
+        return self._close("lost") if self._state is State.AWAY else []
 
     def harness_gone(self) -> list[Action]:
         """Nothing more comes from the harness: what the guest still waits for is answered here [R4]."""
@@ -429,7 +504,7 @@ class GuestProtocol:
         return self._restarted(b"", Report("from-guest", "", "", "", 0, "restarted"))
 
     def _restarted(self, payload: bytes, report: Report) -> list[Action]:
-        return [report, *self._close("lost"), Restarted(payload)]
+        return [report, *self.lost(), Restarted(payload)]
 
     def _answer_hello(self, message: dict[str, Any]) -> list[Action]:
         """A mark is answered by a mark: what stood before it was for an agent that is gone [F6]."""
@@ -452,7 +527,9 @@ class GuestProtocol:
             report = Report("from-guest", kind, "", "", len(payload), exc.code)
             return self._refuse(exc.code, str(exc), report)
         self._go("hello accepted")
-        welcome = {
+        self._resumable = RESUME in hello.capabilities
+        resumed = self._claim(message) if self._resumable else None
+        welcome: dict[str, Any] = {
             "kind": "welcome",
             "protocol": VERSION,
             "session": expected.session,
@@ -460,11 +537,27 @@ class GuestProtocol:
             "limits": {"frame": expected.limits.frame, "invocations": expected.limits.invocations},
             "tools": {"allow": list(expected.tools.allow), "deny": list(expected.tools.deny)},
         }
+        if self._resumable:
+            kept = self._kept if resumed is not None else None
+            welcome["resume"] = {
+                "conversation": self.conversation if kept is None else kept.conversation,
+                "received": 0 if kept is None else kept.received,
+                "window": expected.limits.queue,
+            }
         return [
-            Report("from-guest", kind, "", "", len(payload), "taken"),
+            Report("from-guest", kind, "", "", len(payload), "taken" if resumed is None else "resumed"),
             *self._answer_hello(welcome),
-            Opened(hello),
+            Opened(hello, resumed),
         ]
+
+    def _claim(self, message: Mapping[str, Any]) -> int | None:
+        """How far the guest has got in the conversation that it wants to go on with; None where that cannot
+        be: then it begins anew."""
+        claim, kept = message.get("resume"), self._kept
+        if claim is None or kept is None or claim["conversation"] != kept.conversation:
+            return None
+        received: int = claim["received"]
+        return received if kept.lowest <= received <= kept.highest else None
 
     def _refuse(self, code: str, message: str, report: Report) -> list[Action]:
         self._go("refused")
@@ -476,16 +569,17 @@ class GuestProtocol:
 
     # Messages of an open channel [M, R]
 
-    def _message(self, side: Side, payload: bytes) -> list[Action]:
+    def _message(self, side: Side, payload: bytes, now: float) -> list[Action]:
         kind = identifier = name = ""
+        limits = self._expected.limits
 
         def report(outcome: str) -> Report:
-            return Report(f"from-{side}", kind, identifier, name, len(payload), outcome)
+            return Report(_FROM[side], kind, identifier, name, len(payload), outcome)
 
         try:
-            if len(payload) > self._expected.limits.frame:
+            if len(payload) > limits.frame:
                 raise _Breach("frame_too_large", "a frame beyond the limit of this session")
-            message = strict_json.loads(payload, self._expected.limits.depth)
+            message = strict_json.loads(payload, limits.depth)
             kind = _kind(message)
             if kind.startswith("x-"):
                 return [report("relayed"), _to(_OTHER[side], payload)]
@@ -496,16 +590,18 @@ class GuestProtocol:
             shapes = _KINDS[side].get(kind)
             if shapes is None:
                 raise _Breach("bad_kind", "a kind that is not allowed here")
-            _check(message, shapes)
             if kind in _PASSING:
-                identifier, name = message["id"], message.get("tool", "") if kind == "tool.invoke" else ""
-                code = self._pass(side, kind, identifier, name)
+                _check(message, {"id": _ID})
+                identifier = message["id"]
+                code = self._pass(side, kind, identifier, message, now)
+                name = message["tool"] if kind == "tool.invoke" and code != "malformed" else ""
                 if code in _REFUSALS:
                     family = kind.partition(".")[0]
                     return [report(code), *self._answer(side, family, identifier, code)]
                 if code == "late":
                     return [report(code)]
                 return [report(code), _to(_OTHER[side], payload)]
+            _check(message, shapes)
             if kind in _EXEC:
                 identifier = message["id"]
                 if identifier != self._command:
@@ -536,37 +632,52 @@ class GuestProtocol:
                 return [NotExecuted(message["code"], message["message"])]
         return []  # a pong that nobody waits for [M8]
 
-    def _pass(self, side: Side, kind: str, identifier: str, tool: str) -> str:
+    def _pass(self, side: Side, kind: str, identifier: str, message: Mapping[str, Any], now: float) -> str:
         """`relayed`, `late`, or the code of a refusal. Raises _Breach."""
         family = kind.partition(".")[0]
-        mine, theirs = self._open[side], self._open[_OTHER[side]]
         if kind in _REQUESTS:
-            if identifier in mine:
-                raise _Breach("duplicate_id", f"{kind}: a request with this id is open")
-            if self._state is not State.OPEN:
-                return "gone" if self._state is State.CLOSED else "draining"
-            if tool and not self._expected.tools.decide(tool).allowed:
-                return "denied"
-            if len(mine) >= self._expected.limits.invocations:
-                return "busy"
-            if side == "guest" and self._harness_gone:
-                return "unavailable"
-            if side == "guest" and identifier in self._void:
-                return "id_in_use"
-            mine[identifier] = family
-        elif kind == "tool.cancel":
+            return self._ask(side, kind, identifier, message, now)
+        _check(message, _PASSING[kind])
+        theirs = self._open[_OTHER[side]]
+        overdue = self._overdue[_OTHER[side]]
+        if kind == "tool.cancel":
             # It may have crossed with the answer on its way.
-            return "relayed" if mine.get(identifier) == family else "late"
-        elif side == "harness" and self._void.get(identifier) == family:
+            return "relayed" if _family(self._open[side], identifier) == family else "late"
+        if overdue.get(identifier) == family:
+            if kind in _TERMINAL:
+                del overdue[identifier]
+            return "late"
+        if side == "harness" and self._void.get(identifier) == family:
             if kind in _TERMINAL:
                 del self._void[identifier]
             return "late"
-        elif self._state is State.CLOSED:
+        if self._state is State.CLOSED:
             return "late"
-        elif theirs.get(identifier) != family:
+        if _family(theirs, identifier) != family:
             raise _Breach("unknown_id", f"{kind}: no request with this id is open")
-        elif kind in _TERMINAL:
+        if kind in _TERMINAL:
             del theirs[identifier]
+        return "relayed"
+
+    def _ask(self, side: Side, kind: str, identifier: str, message: Mapping[str, Any], now: float) -> str:
+        mine, overdue = self._open[side], self._overdue[side]
+        if identifier in mine:
+            raise _Breach("duplicate_id", f"{kind}: a request with this id is open")
+        try:
+            _check(message, _PASSING[kind])
+        except _Breach:
+            return "malformed"
+        if self._state not in (State.OPEN, State.AWAY):
+            return "gone" if self._state is State.CLOSED else "draining"
+        if kind == "tool.invoke" and not self._expected.tools.decide(message["tool"]).allowed:
+            return "denied"
+        if len(mine) + len(overdue) >= self._expected.limits.invocations:
+            return "busy"
+        if side == "guest" and self._harness_gone:
+            return "unavailable"
+        if identifier in overdue or (side == "guest" and identifier in self._void):
+            return "id_in_use"
+        mine[identifier] = _Request(kind.partition(".")[0], now)
         return "relayed"
 
     def _answer(self, side: Side, family: str, identifier: str, code: str) -> list[Action]:
@@ -574,7 +685,7 @@ class GuestProtocol:
         return self._send(side, answer)
 
     def _answer_all(self, side: Side, code: str) -> list[Action]:
-        waiting = dict(self._open[side])
+        waiting = _families(self._open[side])
         self._open[side].clear()
         return [
             action
@@ -601,13 +712,24 @@ class GuestProtocol:
         missed = self._state is not State.HELLO and event == "lost"
         self._go(event)
         self._command = ""
-        self._void.update(self._open["guest"])
+        self._void = dict(self.void)
         self._open["guest"].clear()
+        for overdue in self._overdue.values():
+            overdue.clear()
         answers = self._answer_all("harness", "gone")
         return [*answers, *self._send("harness", {"kind": "guest.lost"})] if missed else answers
 
     def _go(self, event: str) -> None:
         self._state = _NEXT[self._state][event]
+
+
+def _families(requests: Mapping[str, _Request]) -> dict[str, str]:
+    return {identifier: request.family for identifier, request in requests.items()}
+
+
+def _family(requests: Mapping[str, _Request], identifier: str) -> str:
+    request = requests.get(identifier)
+    return "" if request is None else request.family
 
 
 def _to(side: Side, payload: bytes) -> Action:
@@ -639,7 +761,9 @@ def _read_hello(message: Mapping[str, Any], expected: Expected) -> Hello:
         raise _Breach("bad_protocol", f"this launcher speaks protocol {VERSION}")
     try:
         _check(message, _HELLO)
-        _check({"kind": "hello", "clock": message.get("clock", {})}, {"clock": _CLOCK})
+        for member, shape in _OPTIONAL.items():
+            if member in message:
+                _check(message, {member: shape})
     except _Breach as exc:
         raise _Breach("bad_hello", str(exc)) from None
     if not _equal(message["session"], expected.session):

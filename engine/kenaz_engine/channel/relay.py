@@ -8,6 +8,9 @@
 harness while they are active; they may be cancelled at any await, since every frame is moved by one step
 that does not wait: until then it is in one queue, from then on in the other. While neither is active the
 inward queue fills, and `run` stops reading.
+
+A peer that acknowledges is read also where there is no room: what it acknowledges may be what makes room.
+What it says meanwhile is held, and not acknowledged, so that its window bounds what is held [Z5].
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.connection import Connection, FrameQueue
 from kenaz_engine.channel.dialect import KENAZ, Dialect, Talk
 from kenaz_engine.channel.framing import FramingError, LengthPrefixed
-from kenaz_engine.channel.harness import HarnessLink
+from kenaz_engine.channel.harness import HarnessError, HarnessLink
 from kenaz_engine.channel.protocol import (
     Action,
     Bye,
@@ -38,10 +41,12 @@ from kenaz_engine.channel.protocol import (
     Report,
     Restarted,
     Side,
+    State,
     ToGuest,
     ToHarness,
     Violation,
 )
+from kenaz_engine.channel.resume import Kept
 
 __all__ = [
     "Bye",
@@ -61,6 +66,12 @@ __all__ = [
     "handshake",
     "refuse",
 ]
+
+SLACK = 4096
+"""Bytes that a peer may say beyond its window: acks, and what both count a little differently."""
+
+_HEARD = ("from-guest", "from-harness")
+_HEARTBEAT = ("ping", "pong")
 
 LAST_WORD = 1.0
 """Seconds that a last frame to the guest, or the last frames to the harness, may take."""
@@ -149,24 +160,33 @@ async def handshake(
     served. None of them may wait or raise.
     """
     limits = expected.limits
-    if after is not None and not after.introduced:
-        after = None  # the harness has heard of none, so it misses none
     if isinstance(stream, Connection):
         connection = stream
     else:
         connection = Connection(stream, dialect.framing(expected), queue=limits.queue, write=limits.write)
-    protocol = dialect.talk(expected, after.void if after is not None else {})
+    void = after.void if after is not None and after.introduced else {}
+    protocol = dialect.talk(expected, void, after.kept if after is not None else None)
     try:
-        hello = await _greet(connection, protocol, limits.handshake, on_message)
+        opened = await _greet(connection, protocol, limits.handshake, on_message)
     except BaseException:
         await connection.aclose()
         raise
-    return GuestChannel(connection, protocol, expected, hello, on_message, on_bye, touch, after)
+    if opened.resumed is None:
+        if protocol.resumable:
+            connection.number()
+        resumed = False
+    else:
+        assert after is not None
+        protocol = after.resume(connection, opened.resumed)
+        resumed = True
+    return GuestChannel(
+        connection, protocol, expected, opened.hello, on_message, on_bye, touch, after, resumed=resumed
+    )
 
 
 async def _greet(
     connection: Connection, protocol: Talk, seconds: float, on_message: Callable[[Report], None]
-) -> Hello:
+) -> Opened:
     payload: bytes | None = None
     _put(connection, protocol.begin(), on_message)
     await connection.flush()
@@ -192,15 +212,15 @@ async def _greet(
             )
         actions = protocol.from_guest(payload)
     _put(connection, actions, on_message)
-    hello = next((action.hello for action in actions if isinstance(action, Opened)), None)
+    opened = next((action for action in actions if isinstance(action, Opened)), None)
     refused = next((a for a in actions if isinstance(a, Refused)), Refused("bad_hello", ""))
-    with trio.move_on_after(LAST_WORD if hello is None else seconds):
+    with trio.move_on_after(LAST_WORD if opened is None else seconds):
         await connection.flush()
-    if hello is None:
+    if opened is None:
         raise HandshakeError(refused.code, refused.message)
     if connection.failure:
         raise HandshakeError("lost", f"the guest did not take its welcome: {connection.failure}")
-    return hello
+    return opened
 
 
 def _put(connection: Connection, actions: Iterable[Action], on_message: Callable[[Report], None]) -> None:
@@ -241,6 +261,8 @@ class GuestChannel:
         on_bye: Callable[[Bye], None],
         touch: Callable[[], None],
         after: GuestChannel | None,
+        *,
+        resumed: bool = False,
     ) -> None:
         self.hello = hello
         self._connection = connection
@@ -253,16 +275,30 @@ class GuestChannel:
         self._harness: HarnessLink | None = None
         # Whether the harness has been told of this session, by this channel or by one before it.
         self._introduced = False
-        if after is not None:
-            # What it has not yet taken of the guest that was lost comes first.
+        if after is not None and resumed:
+            self._introduced, self._inward = after._introduced, after._inward
+        elif after is not None and after.introduced:
+            # What it has not yet taken of the guest that was lost comes first. A harness that has heard of
+            # none misses none.
+            after.give_up()
             self._introduced, self._inward = True, after._inward
             self._inward.put(_back(hello))
+        # What came while there was no room for it. Empty at nearly all times.
+        self._held: Mapping[Side, FrameQueue] = {
+            "guest": FrameQueue(expected.limits.queue + expected.limits.frame + SLACK),
+            "harness": FrameQueue(expected.limits.queue + expected.limits.frame + SLACK)
+            if after is None
+            else after._held["harness"],
+        }
         self._harness_ended = False
         self._on_output: Callable[[str, str], None] = _no_output
         self._command_end: Executed | NotExecuted | None = None
         self._command_ended = trio.Event()
         self._active = False
         self._restarted = False
+        self._ending: ChannelEnd | None = None
+        self._harness_breach: Violation | None = None
+        self._listening: dict[Side, trio.CancelScope] = {"guest": trio.CancelScope()}
         self._end: ChannelEnd | None = None
         self._over = trio.Event()
         self._reading = trio.CancelScope()
@@ -282,6 +318,36 @@ class GuestChannel:
         """Requests of this guest that its harness may still answer; for the channel that follows."""
         return self._protocol.void
 
+    @property
+    def kept(self) -> Kept | None:
+        """What a guest that is away may go on with; None where it may not."""
+        inbox, outbox = self._connection.inbox, self._connection.outbox
+        if inbox is None or self._protocol.state is not State.AWAY:
+            return None
+        return Kept(self._protocol.conversation, inbox.received, outbox.lowest, outbox.highest)
+
+    def resume(self, connection: Connection, received: int) -> Talk:
+        """The guest that was away has taken so many messages, and goes on over that connection. The
+        conversation moves to the channel that follows."""
+        outbox = self._connection.outbox
+        outbox.rewind(received)
+        connection.number(outbox, self._connection.inbox)
+        self._protocol.resumed()
+        return self._protocol
+
+    def give_up(self) -> None:
+        """The guest that is away, if it is, does not come back: what the harness waits for is answered."""
+        self._apply(self._protocol.give_up())
+
+    async def leave(self, harness: HarnessLink) -> None:
+        """As `give_up`, where no other channel follows and nobody serves; within LAST_WORD seconds."""
+        if self._protocol.state is State.AWAY:
+            self.give_up()
+            with trio.move_on_after(LAST_WORD):
+                while self._inward:
+                    await harness.send(self._inward.head())
+                    self._inward.drop()
+
     def detach(self) -> Connection | None:
         """The stream of a guest whose agent has begun anew on it, from `run`'s end on; the caller owns it
         now. None for every other guest, also where it is asked again."""
@@ -296,6 +362,8 @@ class GuestChannel:
             with self._reading:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._connection.run)
+                    nursery.start_soon(self._watch)
+                    nursery.start_soon(self._work_off, "guest")
                     await self._read()
                     nursery.cancel_scope.cancel()
         finally:
@@ -330,11 +398,11 @@ class GuestChannel:
         self._harness_is_gone()
         self._on_output = on_output
         self._command_end, self._command_ended = None, trio.Event()
-        self._apply(self._protocol.execute(argv))
+        self._act(self._protocol.execute(argv))
         try:
             await self._relay(until_harness_ends=False, until=self._command_ended)
         finally:
-            self._apply(self._protocol.cancel_command())
+            self._act(self._protocol.cancel_command())
         return self._command_end
 
     async def drain(self, seconds: float) -> Bye | Lost:
@@ -344,10 +412,11 @@ class GuestChannel:
         cancelled as `serve` may. Raises ProtocolViolation for either side.
         """
         ending = self._apply(self._protocol.drain(seconds))
+        self._push()
         if isinstance(ending, Bye):
             # Nothing was open, and this guest takes no leave: the harness gets what it has said.
             with trio.move_on_after(LAST_WORD):
-                while self._harness is not None and self._inward.bytes_waiting:
+                while self._harness is not None and self._inward:
                     await self._harness.send(self._inward.head())
                     self._inward.drop()
             return ending
@@ -371,20 +440,11 @@ class GuestChannel:
     # The guest's side: `run`
 
     async def _read(self) -> None:
-        end: ChannelEnd | None = None
-        while end is None:
-            await self._inward.room()
-            await self._connection.room()
-            actions, end = await self._next()
-            match self._apply(actions):
-                case Bye() as bye:
-                    end = bye
-                case Restarted(payload):
-                    self._connection.give_back(payload)
-                    self._restarted = True
-                    end = Lost("the guest's agent started again")
-                case Violation(_, code, message):
-                    end = Violated(code, message)
+        with self._listening["guest"]:
+            while self._ending is None:
+                await self._hear_guest()
+        end = self._ending
+        assert end is not None
         if isinstance(end, Violated):
             with trio.move_on_after(LAST_WORD):
                 await self._connection.flush()
@@ -399,18 +459,43 @@ class GuestChannel:
             self._on_bye(end)
             await self._connection.discard()
 
-    async def _next(self) -> tuple[list[Action], Lost | None]:
-        """What follows from the next frame of the guest, or from the end of its stream."""
+    async def _hear_guest(self) -> None:
+        """The next frame of the guest, or the end of its stream."""
+        connection = self._connection
+        if not self._protocol.resumable:
+            await self._room("guest")
         try:
-            payload = await self._connection.receive()
+            payload = await connection.receive()
+            while payload is not None and self._ending is None:
+                self._take("guest", payload)
+                full = not self._protocol.resumable and not self._has_room
+                payload = None if full else connection.receive_nowait()
+                if payload is None:
+                    self._push()
+                    await trio.lowlevel.checkpoint()
+                    return
+            reason = self._connection.failure or "the guest closed the channel without a bye"
         except FramingError as exc:
             if exc.code != "frame_cut":
-                return self._protocol.fault(exc.code, str(exc)), None
-            return self._protocol.lost(), Lost(str(exc))
-        if payload is None:
-            reason = self._connection.failure or "the guest closed the channel without a bye"
-            return self._protocol.lost(), Lost(reason)
-        return self._protocol.from_guest(payload), None
+                await self._held["guest"].empty()
+                self._settle("guest", self._protocol.fault(exc.code, str(exc)))
+                return
+            reason = str(exc)
+        finally:
+            self._push()
+        if self._protocol.resumable:
+            connection.fail(reason)  # nobody acknowledges any more: what is held needs no room for answers
+        await self._held["guest"].empty()
+        if self._ending is None:
+            self._apply(self._protocol.lost())
+            self._push()
+            self._ending = Lost(reason)
+
+    async def _watch(self) -> None:
+        """Ends what takes too long."""
+        while True:
+            await trio.sleep_until(self._protocol.next_deadline(trio.current_time()))
+            self._act(self._protocol.expire(trio.current_time()))
 
     # The harness's side: `serve` and `drain`
 
@@ -430,9 +515,11 @@ class GuestChannel:
             nursery.cancel_scope.cancel()
 
         self._active = True
+        self._listening["harness"] = trio.CancelScope()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._to_harness)
+                nursery.start_soon(self._work_off, "harness")
                 nursery.start_soon(from_harness)
                 if until is not None:
                     nursery.start_soon(wait, until)
@@ -453,51 +540,161 @@ class GuestChannel:
             self._inward.drop()
 
     async def _from_harness(self) -> ProtocolViolation | None:
-        """Returns when the harness has ended; its violation, if that was the end."""
-        ending: Violation | None = None
-        while not self._harness_ended:
-            assert self._harness is not None
-            await self._connection.room()
-            await self._inward.room()
-            actions: list[Action] = []
-            try:
-                payload = await self._harness.receive()
-            except FramingError as exc:
-                payload = None
-                if exc.code != "frame_cut":
-                    actions = self._protocol.fault(exc.code, str(exc), side="harness")
-            if payload is not None:
-                actions = self._protocol.from_harness(payload)
-            last = self._apply(actions)
-            if isinstance(last, Violation):
-                ending = last
-            if payload is None or last is not None:
-                self._harness_is_gone()
-        if ending is None:
+        """Returns when the harness has ended; its violation, if that was the end. Raises HarnessError where
+        it went away and did not come back."""
+        with self._listening["harness"]:
+            while not self._harness_ended:
+                await self._hear_harness()
+        if self._harness_breach is None:
             return None
         with trio.move_on_after(LAST_WORD):
             await self._inward.empty()
-        return ProtocolViolation(ending.side, ending.code, ending.message)
+        breach = self._harness_breach
+        return ProtocolViolation(breach.side, breach.code, breach.message)
+
+    async def _hear_harness(self) -> None:
+        """The next frame of the harness, or its end."""
+        assert self._harness is not None
+        if not self._harness.resumable:
+            await self._room("harness")
+        try:
+            payload = await self._harness.receive()
+        except FramingError as exc:
+            await self._held["harness"].empty()
+            if exc.code != "frame_cut":
+                self._settle("harness", self._protocol.fault(exc.code, str(exc), side="harness"))
+                self._push()
+            self._harness_is_gone()
+            return
+        except HarnessError:
+            self._harness_is_gone()
+            raise
+        if payload:
+            self._take("harness", payload)
+            self._push()
+        elif payload is not None:
+            # Room for what it said may come only with its return, so there has to be room without.
+            held = self._held["harness"]
+            while held:
+                await self._connection.room()
+                self._work_off_one("harness")
+        else:
+            await self._held["harness"].empty()
+            self._harness_is_gone()
 
     def _harness_is_gone(self) -> None:
         self._harness_ended = True
-        self._apply(self._protocol.harness_gone())
+        self._act(self._protocol.harness_gone())
 
     # Both sides
+
+    def _put_inward(self, payload: bytes) -> None:
+        harness = self._harness
+        if self._active and harness is not None and not self._inward and harness.has_room:
+            harness.put(payload)
+        else:
+            self._inward.put(payload)
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        self._apply(actions)
+        self._push()
+
+    def _push(self) -> None:
+        self._connection.push()
+        if self._harness is not None:
+            self._harness.push()
+
+    def _take(self, side: Side, payload: bytes) -> None:
+        """A frame has come: it is looked at, or held where there is no room and its sender may go on."""
+        held = self._held[side]
+        if not held and (self._has_room or not self._acknowledges(side)):
+            self._decide(side, payload)
+            return
+        held.put(payload)
+        if not held.has_room:
+            held.clear()
+            self._settle(side, self._protocol.fault("window", "more than its window", side=side))
+
+    def _acknowledges(self, side: Side) -> bool:
+        if side == "guest":
+            return self._protocol.resumable
+        return self._harness is not None and self._harness.resumable
+
+    async def _work_off(self, side: Side) -> None:
+        """What is held, as there is room."""
+        held = self._held[side]
+        while True:
+            await held.some()
+            await self._room(side)
+            self._work_off_one(side)
+
+    def _work_off_one(self, side: Side) -> None:
+        held = self._held[side]
+        if held:
+            payload = held.drop()
+            self._decide(side, payload)
+            self._push()
+
+    @property
+    def _has_room(self) -> bool:
+        return self._inward.has_room and self._connection.has_room
+
+    async def _room(self, side: Side) -> None:
+        """A frame of that side may become one for either. One of a guest that is gone is answered to
+        nobody."""
+        await self._inward.room()
+        await self._connection.room(or_failure=side == "guest")
+
+    def _decide(self, side: Side, payload: bytes) -> None:
+        now = trio.current_time()
+        if side == "guest":
+            if not self._settle(side, self._protocol.from_guest(payload, now)):
+                self._connection.took(len(payload))
+        else:
+            assert self._harness is not None
+            self._settle(side, self._protocol.from_harness(payload, now))
+            self._harness.took(len(payload))
+
+    def _settle(self, side: Side, actions: list[Action]) -> bool:
+        """Carries out what follows from a frame, and what ends with it. True when the guest's agent has begun
+        anew."""
+        ending = self._apply(actions)
+        if ending is None:
+            return False
+        match ending:
+            case Bye() as bye:
+                self._ending = bye
+            case Restarted(payload):
+                self._connection.give_back(payload)
+                self._restarted = True
+                self._ending = Lost("the guest's agent started again")
+            case Violation("guest", code, message):
+                self._ending = Violated(code, message)
+            case Violation() as breach:
+                self._harness_breach = breach
+                self._harness_is_gone()
+            case HarnessEnded():
+                self._harness_is_gone()
+        self._held[side].clear()
+        self._listening[side].cancel()
+        return self._restarted
 
     def _apply(self, actions: Iterable[Action]) -> Bye | Restarted | HarnessEnded | Violation | None:
         """Carries out what the protocol decided, without waiting; returns the action that ends something."""
         ending: Bye | Restarted | HarnessEnded | Violation | None = None
-        for action in actions:
+        for action in actions:  # the first three are nearly all there are, and on every frame's way
+            if isinstance(action, Report):
+                self._on_message(action)
+                if action.direction in _HEARD and action.kind not in _HEARTBEAT:
+                    self._touch()
+                continue
+            if isinstance(action, ToHarness):
+                self._put_inward(action.payload)
+                continue
+            if isinstance(action, ToGuest):
+                self._connection.put(action.payload)
+                continue
             match action:
-                case ToGuest(payload):
-                    self._connection.put(payload)
-                case ToHarness(payload):
-                    self._inward.put(payload)
-                case Report(direction, kind):
-                    self._on_message(action)
-                    if direction.startswith("from-") and kind not in ("ping", "pong"):
-                        self._touch()
                 case Output(stream, text):
                     self._on_output(stream, text)
                 case Executed() | NotExecuted():

@@ -3,6 +3,9 @@
 Python's decoder is lenient where readers differ: of two equal keys the last wins, NaN and Infinity are
 numbers, half of a surrogate pair is a character. What two programs may read differently is refused here
 (rules J1 to J7 of docs/reference/vsock-protocol.md).
+
+Nearly all that comes is in order, so it is read first by `jiter`, at many times the speed. What that refuses
+is read again by Python's decoder with hooks for what it is lenient in: that one decides, and says why.
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ import math
 import re
 from typing import Any, NoReturn
 
+from jiter import from_json
+
 DEPTH = 64
 """Objects and arrays within each other, the outermost counted; unless the session's spec says otherwise."""
 
 DIGITS = 20
 """Characters of an integer, its sign included: enough for 64 bits."""
+
+_LEAST, _MOST = -(10 ** (DIGITS - 1)), 10**DIGITS
 
 
 class JsonRefused(ValueError):
@@ -29,6 +36,36 @@ class JsonRefused(ValueError):
 
 def loads(payload: bytes, depth: int = DEPTH) -> dict[str, Any]:
     """The object that `payload` holds, nested at most `depth` deep (up to 512). Raises JsonRefused."""
+    try:
+        value = from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
+    except ValueError:
+        return _refused_or(payload, depth)
+    if isinstance(value, dict) and _in_order(value, depth):
+        return value
+    return _refused_or(payload, depth)
+
+
+def _in_order(value: dict[str, Any], depth: int) -> bool:
+    """Whether the numbers and the nesting of what was read are as J4 and J5 have them."""
+    level: list[Any] = [value]
+    while level and depth > 0:
+        depth -= 1
+        inner: list[Any] = []
+        for container in level:
+            for item in container.values() if type(container) is dict else container:
+                kind = type(item)
+                if kind is dict or kind is list:
+                    inner.append(item)
+                elif kind is int:
+                    if not _LEAST < item < _MOST:
+                        return False
+                elif kind is float and math.isinf(item):
+                    return False
+        level = inner
+    return not level
+
+
+def _refused_or(payload: bytes, depth: int) -> dict[str, Any]:
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as exc:

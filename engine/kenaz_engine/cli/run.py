@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             text, file, overrides=arguments.set, session_id=arguments.session_id, environment=os.environ
         )
     if arguments.harness:
-        _check_harness(arguments.harness)
+        _check_harness(arguments.harness, resolved)
     return trio.run(_main, resolved, arguments)
 
 
@@ -117,13 +117,20 @@ def _connector(address: str | None, view: View, resolved: ResolvedSession) -> Co
     return connect
 
 
-def _check_harness(address: str) -> None:
-    """A wrong address is better found now than when the guest is up."""
+def _check_harness(address: str, resolved: ResolvedSession) -> None:
+    """A wrong address is better found now than when the guest is up. A harness that is not there yet may
+    come, where the spec gives it time."""
     path = address.removeprefix("unix:")
     if path == address or not path:
         raise CommandError(f"--harness {address}: it must be unix:PATH", code=USAGE)
+    if not Path(path).parent.is_dir():
+        hint = "name a socket in a directory that exists"
+        raise CommandError(f"--harness: {Path(path).parent} is no directory", hint, ENVIRONMENT)
     if not Path(path).exists():
-        raise CommandError(f"--harness: nothing is at {path}", "start the harness first", ENVIRONMENT)
+        if resolved.channel.grace:
+            return
+        hint = "start the harness first, or give it time by spec.channel.grace"
+        raise CommandError(f"--harness: nothing is at {path}", hint, ENVIRONMENT)
     if not Path(path).is_socket():
         raise CommandError(f"--harness: {path} is not a socket", code=USAGE)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 PROTOCOL = 1
-CAPABILITIES = ["tools", "prompts", "exec"]
+CAPABILITIES = ["tools", "prompts", "exec", "resume"]
 MAX_FRAME = 16 << 20
 """Bytes of the largest frame taken from the host."""
 
@@ -161,18 +161,84 @@ def encode(message: Message) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
+class Memory:
+    """What the agent keeps of a conversation, so that it can go on over another connection: what the host has
+    not acknowledged, and how much of the host it has taken."""
+
+    def __init__(self, welcome: Message) -> None:
+        self.conversation: int = welcome["conversation"]
+        self.window: int = welcome["window"]
+        self.received = 0
+        self.size = 0  # bytes of what is kept
+        self._kept: list[bytes] = []
+        self._acknowledged = 0
+        self._untold = 0
+
+    def keep(self, frame: bytes) -> None:
+        """Keeps a message that is about to be sent."""
+        self._kept.append(frame)
+        self.size += len(frame)
+
+    def acknowledge(self, number: int) -> None:
+        """The host has taken the first so many messages."""
+        gone = self._kept[: number - self._acknowledged]
+        del self._kept[: len(gone)]
+        self._acknowledged += len(gone)
+        self.size -= sum(map(len, gone))
+
+    def unheard(self, number: int) -> bytes:
+        """What follows the first so many messages."""
+        self.acknowledge(number)
+        return b"".join(self._kept)
+
+    def took(self, size: int) -> bool:
+        """A message of that size was taken. True when the host wants to hear of it."""
+        self.received += 1
+        self._untold += size
+        if self._untold < self.window // 4:
+            return False
+        self._untold = 0
+        return True
+
+
 class Wire:
     """Messages over a file descriptor that it owns. Blocks. `outlives_agents` says of a stream that agents
-    before this one may have used it, and left it in the middle of a message."""
+    before this one may have used it, and left it in the middle of a message. Where there is a `memory`,
+    messages are numbered."""
 
     def __init__(self, fd: int, *, outlives_agents: bool = False) -> None:
         self.outlives_agents = outlives_agents
+        self.memory: Memory | None = None
         self._fd = fd
         self._buffer = bytearray()
+        self._early: list[Message] = []
 
     def send(self, message: Message) -> None:
-        """Writes the whole message. Raises Closed."""
-        self._write(encode(message))
+        """Writes the whole message, when the host's window has room for it. Raises Closed."""
+        frame = encode(message)
+        if self.memory is not None:
+            while self.memory.size >= self.memory.window:
+                came = self._take()
+                if came is None:
+                    self._read()
+                else:
+                    self._early.append(came)
+            self.memory.keep(frame)
+        self._write(frame)
+
+    def cut(self, message: Message) -> None:
+        """Breaks off in the middle of the message. Always raises Closed."""
+        frame = encode(message)
+        if self.memory is not None:
+            self.memory.keep(frame)
+        self._write(frame[: len(frame) // 2])
+        raise Closed("asked for")
+
+    def resume(self, memory: Memory, received: int | None) -> None:
+        """Numbers from here on; says again what follows the first so many messages. Raises Closed."""
+        self.memory = memory
+        if received is not None:
+            self._write(memory.unheard(received))
 
     def _write(self, whole: bytes) -> None:
         data = memoryview(whole)
@@ -201,7 +267,7 @@ class Wire:
         """The next message; None when none came within `seconds`. Raises Closed."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
-            message = self._take()
+            message = self._early.pop(0) if self._early else self._take()
             if message is not None:
                 return message
             if deadline is not None and not self._wait_readable(deadline - time.monotonic()):
@@ -226,6 +292,16 @@ class Wire:
         os.close(self._fd)
 
     def _take(self) -> Message | None:
+        """The next message that has come, but for acks."""
+        while True:
+            message = self._parse()
+            if message is None or self.memory is None:
+                return message
+            if message["kind"] != "ack":
+                return message
+            self.memory.acknowledge(message["received"])
+
+    def _parse(self) -> Message | None:
         if len(self._buffer) < 4:
             return None
         length = int.from_bytes(self._buffer[:4], "big")
@@ -241,6 +317,9 @@ class Wire:
             raise Closed("frame is not JSON") from error
         if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
             raise Closed("frame is no message")
+        memory = self.memory
+        if memory is not None and message["kind"] != "ack" and memory.took(length):
+            self._write(encode({"kind": "ack", "received": memory.received}))
         return message
 
     def _wait_readable(self, seconds: float) -> bool:
@@ -375,8 +454,13 @@ def _bye(agent: Agent, argument: str) -> Script:
 
 
 def _hangup(agent: Agent, argument: str) -> Script:
-    """Drops the connection and dials again."""
+    """Drops the connection and dials again, as one who remembers nothing."""
     yield {"kind": "hangup"}
+
+
+def _cut(agent: Agent, argument: str) -> Script:
+    """Drops the connection in the middle of a prompt, and dials again to go on."""
+    yield {**prompt("said in two pieces"), "cut": True}
 
 
 def _once(agent: Agent, word: str) -> Script:
@@ -446,6 +530,7 @@ def _reboot(agent: Agent, argument: str) -> Script:
 
 BEHAVIOURS: dict[str, Callable[[Agent, str], Script]] = {
     "bye": _bye,
+    "cut": _cut,
     "demo": _demo,
     "disk": _disk,
     "emergency": _emergency,
@@ -659,6 +744,7 @@ class Agent:
         self._requests = int(self._clock.get("agent", 0) * 1000)
         self._command: Command | None = None
         self._pending: Message | None = None
+        self._memory: Memory | None = None
         self._draining = False
 
     def path(self, path: str) -> str:
@@ -720,7 +806,8 @@ class Agent:
                     return REFUSED_BACKOFF
                 case "ping":
                     wire.send({"kind": "pong", "nonce": message.get("nonce")})
-        if "exec" not in message.get("capabilities", ()):  # else the host says what to do
+        resumed = self._remember(wire, message.get("resume"))
+        if "exec" not in message.get("capabilities", ()) and not resumed:  # else the host says what to do
             self._go_on(wire)
         # In JSON a byte may take six.
         frame = message.get("limits", {}).get("frame", MAX_FRAME)
@@ -754,6 +841,19 @@ class Agent:
             elif kind == "error":
                 raise Closed(f"{message.get('code')}: {message.get('message')}")
 
+    def _remember(self, wire: Wire, resume: Message | None) -> bool:
+        """Whether the conversation goes on where the connection before was lost."""
+        memory = self._memory
+        if resume is None:
+            self._memory = None
+            return False
+        if memory is not None and memory.conversation == resume["conversation"]:
+            wire.resume(memory, resume["received"])
+            return True
+        self._memory = Memory(resume)
+        wire.resume(self._memory, None)
+        return False
+
     def _go_on(self, wire: Wire) -> None:
         """Begins the script, or tells it that its request is lost with the connection before."""
         if not self._started:
@@ -785,6 +885,11 @@ class Agent:
             "build": self.settings.build,
             "capabilities": CAPABILITIES,
         }
+        if self._memory is not None:
+            hello["resume"] = {
+                "conversation": self._memory.conversation,
+                "received": self._memory.received,
+            }
         if self._clock:
             hello["clock"] = {**self._clock, "hello": round(boottime(), 3)}
         return hello
@@ -819,7 +924,10 @@ class Agent:
         letter = request["kind"][0]
         self._pending = {**request, "id": f"{letter}{self._requests}"}
         if request["kind"] == "hangup":
+            self._memory = None
             raise Closed("asked for")
+        if self._pending.pop("cut", False):
+            wire.cut(self._pending)
         wire.send(self._pending)
 
 

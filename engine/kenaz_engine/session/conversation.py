@@ -35,7 +35,7 @@ from kenaz_engine.channel.relay import (
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.ledger import Made
-from kenaz_engine.session.lifecycles import executes
+from kenaz_engine.session.lifecycles import executes, reaccepts
 from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder
 from kenaz_engine.session.runner import ActivityError, Work
@@ -44,6 +44,9 @@ from kenaz_engine.spec.resolve import ResolvedSession
 
 CAPABILITIES = frozenset({"tools", "prompts"})
 """What a guest may be granted, where a harness takes part."""
+
+RETURNING = frozenset({"resume"})
+"""What it is granted besides, where the lifecycle waits for a guest that is lost."""
 
 COMMANDS = frozenset({"exec"})
 """What it is granted in sessions that run one command."""
@@ -68,6 +71,8 @@ def channel_limits(resolved: ResolvedSession) -> Limits:
         depth=limits.depth,
         invocations=limits.invocations,
         handshake=limits.handshake,
+        tool=resolved.tools.timeout,
+        grace=resolved.channel.grace,
     )
 
 
@@ -221,11 +226,13 @@ class Conversation:
             raise
 
     def _expected(self) -> Expected:
-        resolved = self._prepared.resolved
+        resolved, lifecycle = self._prepared.resolved, self._prepared.lifecycle
         if self._dialect.dialled:
             capabilities = frozenset({APPROVAL} if resolved.channel.approvals == "harness" else ())
+        elif executes(lifecycle):
+            capabilities = COMMANDS
         else:
-            capabilities = COMMANDS if executes(self._prepared.lifecycle) else CAPABILITIES
+            capabilities = CAPABILITIES | RETURNING if reaccepts(lifecycle) else CAPABILITIES
         return Expected(
             session=resolved.id,
             token=self._token,
@@ -295,6 +302,8 @@ class Conversation:
 
         async def release() -> None:
             self._harness = None
+            if self._channel is not None:
+                await self._channel.leave(harness)
             await harness.aclose("failure" if self._failed() else "success")
 
         async def make() -> tuple[Made, None]:

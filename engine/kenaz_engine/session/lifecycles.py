@@ -58,6 +58,11 @@ def executes(lifecycle: Lifecycle) -> bool:
     return any(state.invoke == "session.exec" for state in lifecycle.states.values())
 
 
+def reaccepts(lifecycle: Lifecycle) -> bool:
+    """Whether a session along it waits for a guest whose channel is lost."""
+    return any(state.invoke == "channel.reaccept" for state in lifecycle.states.values())
+
+
 def examine(resolved: ResolvedSession) -> tuple[Lifecycle, list[Fault]]:
     """The spec's lifecycle with the spec's own deadlines, and all that is wrong with it, warnings too.
 

@@ -55,6 +55,7 @@ class ToolsSpec:
 
     allow: tuple[str, ...]
     deny: tuple[str, ...]
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class ChannelSpec:
     dial: str
     approvals: str
     port: int
+    grace: float
     limits: LimitsSpec
 
 
@@ -193,7 +195,11 @@ def describe(session: ResolvedSession) -> dict[str, Any]:
             "env": sorted(session.workbench.env),
             "args": list(session.workbench.args),
         },
-        "tools": {"allow": list(session.tools.allow), "deny": list(session.tools.deny)},
+        "tools": {
+            "allow": list(session.tools.allow),
+            "deny": list(session.tools.deny),
+            "timeout": format_duration(session.tools.timeout),
+        },
         "network": session.network,
         "channel": {
             "transport": channel.transport,
@@ -201,6 +207,7 @@ def describe(session: ResolvedSession) -> dict[str, Any]:
             "dial": channel.dial,
             "approvals": channel.approvals,
             "port": channel.port,
+            "grace": format_duration(channel.grace),
             "limits": {
                 "frame": format_size(limits.frame),
                 "depth": limits.depth,
@@ -453,7 +460,7 @@ def _session(
 ) -> ResolvedSession:
     metadata, spec = data["metadata"], data["spec"]
     machine, workbench, channel = spec["machine"], spec["workbench"], spec["channel"]
-    limits = channel["limits"]
+    limits, tools = channel["limits"], spec["tools"]
     env = {
         name: replaced.get(("spec", "workbench", "env", name), value)
         for name, value in workbench["env"].items()
@@ -474,7 +481,7 @@ def _session(
             display=machine["display"],
         ),
         workbench=WorkbenchSpec(workbench["build"], env, tuple(workbench["args"])),
-        tools=ToolsSpec(tuple(spec["tools"]["allow"]), tuple(spec["tools"]["deny"])),
+        tools=ToolsSpec(tuple(tools["allow"]), tuple(tools["deny"]), parse_duration(tools["timeout"])),
         network=spec["network"],
         channel=ChannelSpec(
             transport=channel["transport"],
@@ -482,6 +489,7 @@ def _session(
             dial=channel["dial"],
             approvals=channel["approvals"],
             port=int(channel["port"]),
+            grace=parse_duration(channel["grace"]),
             limits=LimitsSpec(
                 frame=parse_size(limits["frame"]),
                 depth=int(limits["depth"]),
