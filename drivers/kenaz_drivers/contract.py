@@ -40,11 +40,16 @@ class DriverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One thing that `probe` looked at: whether it is as it should be, and the mend where it is not."""
+    """One thing that `probe` looked at: whether it is as it should be, and the mend where it is not.
+
+    `transport` names the one that needs it, where nothing else does: what is wrong with that bothers only who
+    asks for that transport.
+    """
 
     ok: bool
     text: str
     mend: str = ""
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,13 @@ class LaunchRequest:
     """Everything `plan` may depend on. Paths are absolute; `memory` is in bytes.
 
     `channel` is the path of the UNIX socket on which the launcher listens (empty for AF_VSOCK, where `cid`
-    and `port` say where the guest will dial from and to). `runtime` is a short directory for sockets of the
-    driver's own; `directory` is the session's state directory. `agent` is the command that *is* the guest
-    for drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `unix`, `tcp`. For `tcp`
-    the driver forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is
-    0 where it is not known yet. `mark` is a name that nothing else ever has: whatever `launch` makes must be
-    found by it, also when nobody saw it made.
+    says where the guest will dial from, and for `tcp`). For `vhost-user-vsock` it ends in `_PORT`, the number
+    that the guest will dial. `runtime` is a short directory for sockets of the driver's own; `directory` is
+    the session's state directory. `agent` is the command that *is* the guest for drivers that run no machine.
+    `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `unix`, `tcp`. For `tcp` the driver
+    forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is 0 where it
+    is not known yet. `mark` is a name that nothing else ever has: whatever `launch` makes must be found by
+    it, also when nobody saw it made.
     """
 
     session: str
@@ -118,18 +124,35 @@ class LaunchRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Helper:
+    """A process that a machine cannot do without. The launcher starts it before the machine and ends it
+    after; where it ends by itself, the machine is ended too.
+
+    It is ready when each of `sockets`, which are paths in `LaunchRequest.runtime`, is there. `environment` is
+    all that it gets of one.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    sockets: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchPlan:
     """What `launch` will do, exactly, and fit to be printed.
 
     `argv` is the command to the letter; descriptors that it names are passed under those numbers, and
-    `descriptors` maps each such number to its purpose (`qmp`, `console`, `vhost-vsock`). `notes` are for the
-    user: every fall-back and every risk. `data` is plain JSON that the driver's own `launch` needs besides.
+    `descriptors` maps each such number to its purpose (`qmp`, `console`, `vhost-vsock`). `helpers` run before
+    it is carried out, in their order. `notes` are for the user: every fall-back and every risk. `data` is
+    plain JSON that the driver's own `launch` needs besides.
     """
 
     driver: str
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     descriptors: Mapping[int, str] = field(default_factory=dict)
+    helpers: tuple[Helper, ...] = ()
     notes: tuple[str, ...] = ()
     data: JsonObject = field(default_factory=dict)
 
@@ -167,6 +190,11 @@ class Machine(Protocol):
 
     def console(self) -> AsyncIterator[bytes]:
         """What the guest prints, as it comes, until the machine is gone. To be read once, and always."""
+
+    async def port_closed(self) -> None:
+        """Returns when the guest has the channel's virtio-serial port closed, having had it open: true at
+        some moment after the call. Never returns where the driver cannot tell."""
+        ...
 
 
 class Driver(Protocol):

@@ -96,7 +96,7 @@ async def choose(
             f"{name}: {reason.mend}"
             for name, capabilities in considered
             for reason in capabilities.reasons
-            if reason.mend and not reason.ok
+            if reason.mend and not reason.ok and not reason.transport
         ]
         raise DriverError(f"nothing here can run a guest for {arch}", hint="; ".join(mends))
     driver, capabilities = next((pair for pair in usable if pair[1].accelerator != "tcg"), usable[0])

@@ -19,11 +19,12 @@ from kenaz_engine.channel.relay import Expected, Limits, ServeEnd, handshake
 from kenaz_engine.channel.transports import TransportError, unix, vsock
 from kenaz_engine.channel.transports.unix import SUN_PATH, listen_unix
 from kenaz_engine.channel.transports.vsock import (
+    BACKLOG,
     FIRST_CID,
     LAST_CID,
     PORT_ANY,
     SET_GUEST_CID,
-    VsockListener,
+    SharedPort,
     claim_cid,
     listen_vsock,
 )
@@ -259,19 +260,46 @@ class FakeConnection:
 
 
 @needs_vsock
-async def test_a_port_is_bound_and_another_session_hears_of_it() -> None:
+async def test_a_port_is_bound_once_for_a_process_and_another_process_hears_of_it() -> None:
     try:
         listener = listen_vsock(PORT_ANY, cid=42)
     except TransportError as exc:
         pytest.skip(str(exc))
     assert 1024 <= listener.port < PORT_ANY
     assert listener.address == f"vsock:{listener.port}"
-    with pytest.raises(TransportError, match="cannot listen") as caught:
+    other = listen_vsock(listener.port, cid=43)
+    with pytest.raises(TransportError, match="another session of this process has CID 43"):
         listen_vsock(listener.port, cid=43)
-    assert "spec.channel.port" in caught.value.hint
     await listener.aclose()
     await listener.aclose()
-    await listen_vsock(listener.port, cid=43).aclose()
+    with pytest.raises(TransportError, match="listened no more for CID 42"):
+        await listener.accept()
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as elsewhere:
+        with pytest.raises(OSError, match="already in use"):
+            elsewhere.bind((vsock.CID_ANY, listener.port))
+        await other.aclose()
+        elsewhere.bind((vsock.CID_ANY, listener.port))
+        with pytest.raises(TransportError, match="cannot listen") as caught:
+            listen_vsock(listener.port, cid=43)
+        assert "spec.channel.port" in caught.value.hint
+        third = listen_vsock(listener.port, cid=43, or_another=True)
+        assert third.port != listener.port
+        await third.aclose()
+
+
+async def test_what_comes_for_another_session_is_put_aside_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vsock.trio, "SocketStream", lambda connected: connected)
+    theirs = [FakeConnection((43, port)) for port in range(BACKLOG + 1)]
+    mine = FakeConnection((42, 1))
+    shared = SharedPort(Failing(peers=(*theirs, mine)), 7881)  # type: ignore[arg-type]
+    first, second = shared.join(42), shared.join(43)
+    assert (await first.accept()).stream is mine  # type: ignore[comparison-overlap]
+    # A guest that dials without end is put aside for no more than a socket would.
+    assert [peer.closed for peer in theirs] == [False] * BACKLOG + [True]
+    assert (await second.accept()).stream is theirs[0]  # type: ignore[comparison-overlap]
+    await second.aclose()
+    assert [peer.closed for peer in theirs] == [False] + [True] * BACKLOG
+    await first.aclose()
 
 
 async def test_only_the_expected_guest_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,10 +308,10 @@ async def test_only_the_expected_guest_is_accepted(monkeypatch: pytest.MonkeyPat
         FakeConnection(address) for address in ((1, 5), None, (43, 5), (42, 1025))
     )
     peers = (loopback, gone, sibling, mine)
-    listener = VsockListener(Failing(errno.ECONNABORTED, peers=peers), 7881, 42)  # type: ignore[arg-type]
+    listener = SharedPort(Failing(errno.ECONNABORTED, peers=peers), 7881).join(42)  # type: ignore[arg-type]
     accepted = await listener.accept()
     assert accepted.stream is mine  # type: ignore[comparison-overlap]
-    assert accepted.peer == "cid 42 port 1025"
+    assert accepted.peer == "cid 42"
     assert [peer.closed for peer in peers] == [True, True, True, False]
 
 

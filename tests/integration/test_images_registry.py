@@ -1,4 +1,4 @@
-"""A registry that lets everybody read is a place for files: docs/decisions/0030-oci-registries.md."""
+"""A registry that lets everybody read is a place for files: docs/decisions/0014-oci-registries.md."""
 
 from __future__ import annotations
 

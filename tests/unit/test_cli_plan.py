@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from kenaz_drivers.contract import Capabilities, LaunchPlan, LaunchRequest, Reason
+from kenaz_drivers.contract import Capabilities, Helper, LaunchPlan, LaunchRequest, Reason
 from kenaz_engine.cli.main import main
 from kenaz_engine.images.catalog import Located
 from kenaz_engine.images.errors import ImageError, ImageMissing
@@ -85,6 +86,34 @@ ARGV = [
     "--set",
     "spec.machine.arch=x86_64",
 ]
+
+
+def test_plan_shows_what_runs_beside_the_machine(
+    capsys: Capture, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Helped(FakeDriver):
+        def plan(self, request: LaunchRequest) -> LaunchPlan:
+            helper = Helper("daemon", ("/bin/daemon", "--socket=/run/a b"), ("/run/a b",), {"LC_ALL": "C"})
+            return replace(super().plan(request), helpers=(helper,))
+
+    monkeypatch.setattr("kenaz_engine.session.prepare.load", lambda name: Helped())
+    assert main(ARGV) == 0
+    assert (
+        "\ncommand\n"
+        "  # before it, and for as long: daemon\n"
+        "  /bin/daemon \\\n"
+        "    '--socket=/run/a b'\n"
+        "  '/usr/bin/fake vm' \\\n"
+    ) in capsys.readouterr().out
+    assert main([*ARGV, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"]["helpers"] == [
+        {
+            "name": "daemon",
+            "argv": ["/bin/daemon", "--socket=/run/a b"],
+            "environment": {"LC_ALL": "C"},
+            "sockets": ["/run/a b"],
+        }
+    ]
 
 
 def test_plan_shows_everything_and_where_it_comes_from(capsys: Capture, host: Path) -> None:

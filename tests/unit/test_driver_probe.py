@@ -130,6 +130,35 @@ async def test_vsock_comes_first_where_its_device_opens(fake_qemu, devices):
     assert (await module.probe("x86_64", options)).transports == ("vsock", "virtio-serial", "tcp")
 
 
+async def test_the_vsock_daemon_is_the_one_asked_for_or_the_paths_or_the_caches(
+    fake_qemu, cache, tmp_path, monkeypatch
+):
+    options, _ = fake_qemu()
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    found = await module.probe("x86_64", options)
+    assert "vhost-user-vsock" not in found.transports
+    [lacking] = [reason for reason in found.reasons if reason.transport]
+    assert (lacking.ok, lacking.text) == (
+        False,
+        "vhost-device-vsock is not installed: no transport vhost-user-vsock",
+    )
+    assert "cargo install --locked --version 0.3.0" in lacking.mend
+    for place in ("cache/tools/bin", "bin", "asked"):
+        daemon = tmp_path / place / "vhost-device-vsock"
+        daemon.parent.mkdir(parents=True)
+        daemon.touch(0o700)
+        more = {"vsockDaemon": str(daemon)} if place == "asked" else {}
+        found = await module.probe("x86_64", {**options, **more})
+        # Only who asks for it gets it.
+        assert found.transports[:2] == ("virtio-serial", "vhost-user-vsock")
+        assert found.data["vhost-device-vsock"] == str(daemon)
+    daemon.chmod(0o600)
+    assert module.find_vsock_daemon(str(daemon))[1].text.startswith(f"{daemon} is no program")
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    assert module.find_vsock_daemon()[0] == ""
+
+
 async def test_an_accelerator_that_does_not_exist_here(fake_qemu):
     options, _ = fake_qemu()
     found = await module.probe("x86_64", {**options, "accel": "whpx"})

@@ -43,6 +43,13 @@ def request_for(arch="x86_64", accel="tcg", **changes):
     return replace(request, **changes)
 
 
+def over_vhost_user(daemon="/usr/bin/vhost-device-vsock", accel="tcg", **changes):
+    data = {"vhost-device-vsock": daemon} if daemon else {}
+    capabilities = Capabilities(usable=True, reasons=(), arch="x86_64", accelerator=accel, data=data)
+    request = request_for(transport="vhost-user-vsock", channel="/run/k/vsock_7881")
+    return replace(request, capabilities=capabilities, **changes)
+
+
 CASES = {
     "auto-tcg-serial": request_for(),
     "auto-kvm-serial": request_for(accel="kvm"),
@@ -57,6 +64,8 @@ CASES = {
     "q35-tcp": request_for(
         options={"machine": "q35"}, network="nat", transport="tcp", channel="", forward=49152
     ),
+    "q35-tcg-vhost-user": over_vhost_user(),
+    "microvm-kvm-vhost-user": over_vhost_user(accel="kvm", memory=(64 << 20) + 1),
     "virt-hvf-serial": request_for("aarch64", "hvf"),
     "virt-tcg-vsock": request_for("aarch64", transport="vsock", cid=7, initrd="", cmdline="", disks=()),
 }
@@ -67,6 +76,8 @@ def test_the_command_line_is_the_golden_one(name):
     request = CASES[name]
     command = build(request, FACTS[request.capabilities.arch])
     lines = [*command.argv, "--", *(f"{number}={use}" for number, use in command.descriptors.items())]
+    for helper in command.helpers:
+        lines += ["-- before: " + helper.name, *helper.argv, *(f"makes: {path}" for path in helper.sockets)]
     text = "\n".join([*lines, *(f"note: {note}" for note in command.notes)]) + "\n"
     golden = GOLDEN / f"qemu-{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -95,6 +106,21 @@ def test_the_command_line_is_the_golden_one(name):
 def test_what_cannot_be_done_is_refused_by_name(changes, message):
     with pytest.raises(DriverError, match=message):
         build(request_for(**changes), FACTS["x86_64"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"daemon": ""}, "no vhost-device-vsock"),
+        ({"channel": "/run/k/vsock"}, "no socket for port 7881"),
+        ({"channel": "/run/k/vsock_7882"}, "no socket for port 7881"),
+        ({"channel": "/run/k/" + "v" * 100 + "_7881"}, "112 bytes"),
+        ({"runtime": "/run/" + "k" * 100}, "111 bytes"),
+    ],
+)
+def test_a_vsock_device_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(DriverError, match=message):
+        build(over_vhost_user(**changes), FACTS["x86_64"])
 
 
 def test_an_explicit_machine_that_is_missing_names_the_others():

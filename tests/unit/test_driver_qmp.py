@@ -1,11 +1,13 @@
 """QMP: the codec alone, and the client against a scripted QEMU on trio's memory streams."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import trio
 import trio.testing
 
+from kenaz_drivers.qemu.driver import QemuMachine
 from kenaz_drivers.qemu.qmp import (
     MAX_LINE,
     Event,
@@ -207,3 +209,60 @@ async def test_sending_into_a_closed_monitor_is_an_ordinary_error(nursery):
     theirs.receive_stream.close()
     with pytest.raises(QmpError):
         await client.execute("quit")
+
+
+async def test_a_port_is_closed_when_qemu_says_so_of_this_moment():
+    """QEMU tells of a port once a second at the most: the event is a reason to ask, and no answer."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    machine = QemuMachine(SimpleNamespace(handle={}), ours, theirs)
+    states = [True, False]
+    asked = 0
+
+    def event(state, name="channel"):
+        data = {"id": name, "open": state}
+        return json.dumps({"event": "VSERPORT_CHANGE", "data": data}).encode() + b"\n"
+
+    async def qemu():
+        nonlocal asked
+        await theirs.send_all(GREETING)
+        # Never opened, or another's: nobody asks.
+        await theirs.send_all(event(False) + event(True, "other"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert asked == 0
+        await theirs.send_all(event(True))
+        async for data in theirs:
+            for line in data.splitlines():
+                command = json.loads(line)
+                value = {}
+                if command["execute"] == "query-chardev":
+                    asked += 1
+                    value = [
+                        {"label": "console", "frontend-open": True},
+                        {"label": "channel", "frontend-open": states.pop(0)},
+                    ]
+                await theirs.send_all(json.dumps({"return": value, "id": command["id"]}).encode() + b"\n")
+                if asked == 1 and value:
+                    await theirs.send_all(event(False))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(machine.serve_monitor)
+        nursery.start_soon(qemu)
+        with trio.fail_after(5):
+            await machine.port_closed()
+        assert asked == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_port_of_a_machine_that_ends_is_never_said_to_be_closed(autojump_clock):
+    ours, theirs = trio.testing.memory_stream_pair()
+    machine = QemuMachine(SimpleNamespace(handle={}), ours, theirs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(machine.serve_monitor)
+        await theirs.send_all(GREETING)
+        await theirs.send_all(b'{"event": "VSERPORT_CHANGE", "data": {"id": "channel", "open": true}}\n')
+        await trio.testing.wait_all_tasks_blocked()
+        await theirs.aclose()
+        with trio.move_on_after(60) as waiting:
+            await machine.port_closed()
+        assert waiting.cancelled_caught
+        nursery.cancel_scope.cancel()

@@ -6,14 +6,16 @@ import errno
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
-from kenaz_drivers.contract import DriverError, LaunchPlan, LaunchRequest
+from kenaz_drivers.contract import DriverError, Helper, LaunchPlan, LaunchRequest
 from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
 from kenaz_engine.channel.harness import HarnessError
 from kenaz_engine.channel.transports import TransportError
@@ -303,7 +305,8 @@ async def test_a_machine_with_an_image(autojump_clock: Any, whole: Any, image: P
     assert disks == [("root", "qcow2", "root.qcow2"), ("config", "raw", "config.raw")]
     assert driver.requests[-1].cmdline == "quiet"
     kinds = [(r["resource"], r["type"]) for r in whole.records() if r["kind"] == "acquired"]
-    assert kinds[1:4] == [("image", "image-reference"), ("disk", "file"), ("config", "file")]
+    assert kinds[1:3] == [("image", "image-reference"), ("disk", "file")]
+    assert kinds[3:5] == [("socket", "socket"), ("config", "file")]
     [disk] = [r["handle"] for r in whole.records() if r["kind"] == "acquired" and r["resource"] == "disk"]
     assert disk["made"] == "overlay"
 
@@ -390,7 +393,7 @@ async def test_a_cid_is_claimed_handed_on_and_given_back(
     claimed, theirs = os.pipe()
     listener, driver = NoGuest(), Driver()
     monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
-    monkeypatch.setattr(activities, "listen_vsock", lambda port, cid: listener)
+    monkeypatch.setattr(activities, "listen_vsock", lambda port, **_: listener)
     result = await whole.run(await whole.prepare(driver=driver, can=VSOCK, dial=None))
     os.close(theirs)
     assert result.outcome.verdict == "guest did not dial in time"
@@ -401,12 +404,39 @@ async def test_a_cid_is_claimed_handed_on_and_given_back(
     assert listener.closed
     [made] = [r for r in whole.records() if r["kind"] == "acquired" and r["type"] == "cid"]
     assert made["handle"] == {"cid": 42, "port": 7881}
+    assert not [r for r in whole.records() if r.get("about") == "port"]
+
+
+async def test_a_port_that_another_process_has_is_replaced_and_told(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed, theirs = os.pipe()
+    listener, seen = NoGuest(), []
+    listener.port = 3_000_000_000
+
+    def listen(port: int, *, cid: int, or_another: bool) -> NoGuest:
+        seen.append((port, cid, or_another))
+        return listener
+
+    class Reading(Driver):
+        def plan(self, request: LaunchRequest) -> LaunchPlan:
+            config = next(disk.path for disk in request.disks if disk.role == "config")
+            seen.append('KENAZ_CHANNEL="vsock:2:3000000000"' in Path(config, "kenaz.env").read_text())
+            return super().plan(request)
+
+    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(activities, "listen_vsock", listen)
+    await whole.run(await whole.prepare(driver=Reading(), can=VSOCK, dial=None))
+    os.close(theirs)
+    assert seen == [(7881, 42, True), True]
+    [note] = [r for r in whole.records() if r.get("about") == "port"]
+    assert (note["wanted"], note["taken"]) == (7881, 3_000_000_000)
 
 
 async def test_a_cid_is_free_again_where_nobody_can_listen(
     autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(port: int, *, cid: int) -> None:
+    def refuse(port: int, **options: Any) -> None:
         raise TransportError("no AF_VSOCK", hint="take another")
 
     claimed, theirs = os.pipe()
@@ -428,7 +458,7 @@ async def test_a_cid_is_given_back_also_where_there_is_no_machine(
 
     claimed, theirs = os.pipe()
     monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
-    monkeypatch.setattr(activities, "listen_vsock", lambda port, cid: NoGuest())
+    monkeypatch.setattr(activities, "listen_vsock", lambda port, **_: NoGuest())
     result = await whole.run(await whole.prepare(driver=Refusing(), can=VSOCK))
     os.close(theirs)
     assert result.outcome.verdict == "VM did not start: not with this machine"
@@ -441,3 +471,80 @@ def test_a_config_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
     assert (tmp_path / "config").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "config/kenaz.env").stat().st_mode & 0o777 == 0o400
     assert (tmp_path / "config/kenaz.env").read_bytes() == b"A=1\n"
+
+
+class ClosingMachine:
+    """A machine whose guest closes its port whenever `close` is called."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._closed = trio.Event()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    async def port_closed(self) -> None:
+        self.asked += 1
+        await self._closed.wait()
+
+
+class CountingPort:
+    def __init__(self) -> None:
+        self.openings, self.ended = 1, 0
+        self._next = trio.Event()
+
+    def guest_closed(self) -> None:
+        self.ended += 1
+
+    def begin(self) -> None:
+        self.openings += 1
+        self._next.set()
+        self._next = trio.Event()
+
+    async def next_opening(self, after: int) -> None:
+        while self.openings <= after:
+            await self._next.wait()
+
+
+async def test_a_port_that_closes_ends_the_stream_of_the_writer_that_had_it(autojump_clock: Any) -> None:
+    machine, port = ClosingMachine(), CountingPort()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(activities.watch_port, machine, port)
+        await trio.testing.wait_all_tasks_blocked()
+        # Another has begun while the machine was asked: it is asked anew.
+        port.begin()
+        machine.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (machine.asked, port.ended) == (2, 1)
+        port.begin()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (machine.asked, port.ended) == (3, 2)
+        nursery.cancel_scope.cancel()
+
+
+class Helped(Driver):
+    """Machines that need a helper, of which there is none."""
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        return replace(super().plan(request), helpers=(Helper("daemon", ("daemon",), ("/s",)),))
+
+
+@pytest.mark.parametrize("after", [0.1, 2.5])
+async def test_a_helper_that_dies_takes_the_machine_with_it(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    async def start_helper(work: Any, helper: Helper, mark: str, died: Callable[[str], None]) -> str:
+        async def die(*, task_status: trio.TaskStatus[None]) -> None:
+            task_status.started()
+            await trio.sleep(after)
+            died("SIGKILL killed daemon")
+
+        await work.start(die)
+        return "helper.daemon"
+
+    monkeypatch.setattr(activities, "start_helper", start_helper)
+    prepared = await whole.stays().prepare(driver=Helped(), dial=1.0)
+    result = await whole.run(prepared)
+    where = "before it dialled" if after < 1 else "while serving"
+    assert result.outcome.verdict == f"VM exited {where}: SIGKILL killed daemon"
+    assert whole.path()[-1] == "releasing"

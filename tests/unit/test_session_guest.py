@@ -25,18 +25,29 @@ LAYOUT = Layout(Path("/state/s1"), Path("/run/s1"), "s1-0123")
 
 
 @pytest.mark.parametrize(
-    ("transport", "address"),
+    ("transport", "address", "listening"),
     [
-        ("virtio-serial", "virtio-serial:dev.kenaz.channel"),
-        ("vsock", "vsock:2:7881"),
-        ("unix", "unix:/run/s1/channel.sock"),
+        ("virtio-serial", "virtio-serial:dev.kenaz.channel", "/run/s1/channel.sock"),
+        ("vsock", "vsock:2:7882", ""),
+        ("vhost-user-vsock", "vsock:2:7882", "/run/s1/vsock_7881"),
+        ("unix", "unix:/run/s1/channel.sock", "/run/s1/channel.sock"),
     ],
 )
-async def test_where_the_guest_finds_the_channel(whole: Any, transport: str, address: str) -> None:
+async def test_where_the_guest_finds_the_channel(
+    whole: Any, transport: str, address: str, listening: str
+) -> None:
     prepared = replace(await whole.prepare(), transport=transport)
-    assert guest_address(prepared, LAYOUT) == address
-    request = launch_request(prepared, LAYOUT, None)
-    assert request.channel == ("" if transport == "vsock" else "/run/s1/channel.sock")
+    assert guest_address(prepared, LAYOUT, 7882) == address
+    assert launch_request(prepared, LAYOUT, None).channel == listening
+
+
+async def test_a_guest_is_told_of_the_port_that_was_taken(whole: Any) -> None:
+    prepared = replace(await whole.prepare(), transport="vsock")
+    variables = guest_variables(prepared, LAYOUT, "t", port=3_000_000_000)
+    assert (variables["HARNESS_VM_PORT"], variables["KENAZ_CHANNEL"]) == (
+        "3000000000",
+        "vsock:2:3000000000",
+    )
 
 
 async def test_the_boot_parameters(whole: Any) -> None:

@@ -45,6 +45,7 @@ class FakeDriver:
             boots_image=False,
         )
         self.refuses: DriverError | None = None
+        self.cid: int | None = None
 
     async def probe(self, arch: str, options: Mapping[str, Any]) -> Capabilities:
         return self.capabilities
@@ -52,6 +53,7 @@ class FakeDriver:
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         if self.refuses:
             raise self.refuses
+        self.cid = request.cid
         return LaunchPlan(self.name, ("fake",))
 
 
@@ -109,9 +111,23 @@ async def test_where_nothing_falls_back_there_is_nothing_to_note(driver: FakeDri
 async def test_a_transport_can_be_asked_for(driver: FakeDriver) -> None:
     ready = await prepared("spec.channel.transport=vsock")
     assert (ready.transport, ready.transport_reason) == ("vsock", "asked for by the spec")
+    # Drivers refuse to plan for AF_VSOCK without a CID, which is claimed only when the session runs.
+    assert driver.cid == 3
+    await prepared()
+    assert driver.cid is None
     assert await refused("spec.channel.transport=unix") == (
         "the driver fake has no transport unix here",
         "it has virtio-serial, vsock; or leave spec.channel.transport at auto",
+    )
+
+
+async def test_what_only_one_transport_lacks_is_told_to_who_asks_for_it(driver: FakeDriver) -> None:
+    lacks = Reason(False, "no daemon", "get it", transport="vhost-user-vsock")
+    change(driver, reasons=(lacks,), deadline_scale=1.0)
+    assert (await prepared()).notes == ()
+    assert await refused("spec.channel.transport=vhost-user-vsock") == (
+        "the driver fake has no transport vhost-user-vsock here: no daemon",
+        "get it; or it has virtio-serial, vsock; or leave spec.channel.transport at auto",
     )
 
 

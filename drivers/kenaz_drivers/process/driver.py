@@ -98,6 +98,9 @@ class ProcessMachine:
     def console(self) -> AsyncIterator[bytes]:
         return Console(self._console)
 
+    async def port_closed(self) -> None:
+        await trio.sleep_forever()  # it has no such port
+
 
 class ProcessDriver:
     """Runs the agent itself, without any machine around it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, DriverError, JsonObject, LaunchRequest
+from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, DriverError, Helper, JsonObject, LaunchRequest
 
 QMP_FD, CONSOLE_FD, VSOCK_FD = 3, 4, 5
 
@@ -17,6 +17,12 @@ MIB = 1 << 20
 
 SUN_PATH = 107
 """Longest path of a UNIX socket on Linux, in bytes, without its final NUL (unix(7))."""
+
+PORT_ID = CHARDEV_ID = "channel"
+"""What the virtio-serial port and the socket behind it are called in QEMU's monitor."""
+
+VSOCK_DAEMON = "vhost-device-vsock"
+"""The program that is the device of `vhost-user-vsock`; in `Capabilities.data` the path of it."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -47,10 +53,11 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """The argv, the descriptors that it names, and what the user should know about it."""
+    """The argv, the descriptors that it names, who must run before, and what the user should know."""
 
     argv: tuple[str, ...]
     descriptors: Mapping[int, str] = field(default_factory=dict)
+    helpers: tuple[Helper, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -98,14 +105,21 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
     if machine == "microvm" and _emulated(request):
         notes.append("microvm under TCG: on a busy host Linux may hang while it measures its clock")
     descriptors = {QMP_FD: "qmp", CONSOLE_FD: "console"}
+    helpers: tuple[Helper, ...] = ()
 
     argv = [facts.binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-name", f"guest=kenaz-{escape(request.session)}"]
-    argv += ["-machine", "microvm,acpi=on,rtc=on" if machine == "microvm" else machine]
+    shared = request.transport == "vhost-user-vsock"
+    memory = f"{-(-request.memory // MIB)}M"
+    machine = "microvm,acpi=on,rtc=on" if machine == "microvm" else machine
+    if shared:
+        # The device is in another process, which has to see what the guest's queues point to.
+        argv += ["-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
+    argv += ["-machine", f"{machine},memory-backend=ram" if shared else machine]
     argv += ["-accel", accelerator]
     if accelerator in _CPUS:
         argv += ["-cpu", _CPUS[accelerator]]
-    argv += ["-m", f"{-(-request.memory // MIB)}M", "-smp", str(request.cpus)]
+    argv += ["-m", memory, "-smp", str(request.cpus)]
     if facts.sandbox:
         argv += ["-sandbox", SANDBOX]
     else:
@@ -123,8 +137,12 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
         argv += _disk(disk, bus, boots=disk.role == "root" and not request.kernel)
     if request.transport == "virtio-serial":
         argv += ["-device", f"virtio-serial-{bus}"]
-        argv += ["-chardev", f"socket,id=channel,path={escape(request.channel)}"]
-        argv += ["-device", f"virtserialport,chardev=channel,name={VIRTIO_SERIAL_PORT}"]
+        argv += ["-chardev", f"socket,id={CHARDEV_ID},path={escape(request.channel)}"]
+        argv += ["-device", f"virtserialport,id={PORT_ID},chardev={CHARDEV_ID},name={VIRTIO_SERIAL_PORT}"]
+    elif shared:
+        helpers = (vsock_daemon(request),)
+        argv += ["-chardev", f"socket,id=vsock,path={escape(helpers[0].sockets[0])}"]
+        argv += ["-device", f"vhost-user-vsock-{bus},chardev=vsock"]
     elif request.transport == "vsock":
         argv += ["-device", f"vhost-vsock-{bus},guest-cid={request.cid},vhostfd={VSOCK_FD}"]
         descriptors[VSOCK_FD] = "vhost-vsock"
@@ -135,7 +153,30 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
             forward = f",hostfwd=tcp:127.0.0.1:{request.forward}-:{request.port}"
         argv += ["-netdev", f"user,id=nat{forward}", "-device", f"virtio-net-{bus},netdev=nat{rom}"]
         notes.append("network nat: the guest reaches whatever this host reaches")
-    return CommandLine(tuple(argv), descriptors, tuple(notes))
+    return CommandLine(tuple(argv), descriptors, helpers, tuple(notes))
+
+
+def vsock_daemon(request: LaunchRequest) -> Helper:
+    """The daemon that is this machine's vsock device, one for each machine: its guests could talk to each
+    other. Raises DriverError where this host has none.
+
+    Facts: vhost-device-vsock 0.3.0. A guest that dials CID 2 is connected to `<uds-path>_PORT`.
+    """
+    daemon = str(request.capabilities.data.get(VSOCK_DAEMON, ""))
+    uds, underscore, port = request.channel.rpartition("_")
+    if not daemon or not underscore or port != str(request.port):
+        raise DriverError(
+            f"transport vhost-user-vsock: no {VSOCK_DAEMON}, or no socket for port {request.port}"
+        )
+    socket = f"{request.runtime}/vhost"
+    for path in (socket, request.channel):
+        _check_socket(path)
+    return Helper(
+        VSOCK_DAEMON,
+        (daemon, f"--socket={socket}", f"--uds-path={uds}"),
+        sockets=(socket, uds),
+        environment={"LC_ALL": "C.UTF-8", "RUST_LOG": "error"},
+    )
 
 
 def _disk(disk: Disk, bus: str, *, boots: bool) -> list[str]:
@@ -159,17 +200,26 @@ def _check(request: LaunchRequest) -> None:
     for disk in request.disks:
         if disk.role not in _SERIALS or disk.format not in {"qcow2", "raw"}:
             raise DriverError(f"QEMU is given no disk of role {disk.role!r} and format {disk.format!r}")
-    if request.transport == "virtio-serial":
-        length = len(request.channel.encode("utf-8", "surrogateescape"))
-        if not 0 < length <= SUN_PATH:
+    match request.transport:
+        case "virtio-serial":
+            _check_socket(request.channel)
+        case "vhost-user-vsock":
+            pass  # vsock_daemon looks
+        case "tcp":
+            if request.network != "nat":
+                raise DriverError("transport tcp: the guest has no network", hint="network: nat")
+        case "vsock" if request.cid is not None:
+            pass
+        case other:
             raise DriverError(
-                f"the channel's socket path has {length} bytes and must have 1 to {SUN_PATH}",
-                hint="set XDG_RUNTIME_DIR to a shorter directory",
+                f"transport {other!r} is none of virtio-serial, vhost-user-vsock, tcp, and vsock with a cid"
             )
-    elif request.transport == "tcp":
-        if request.network != "nat":
-            raise DriverError("transport tcp: the guest has no network", hint="network: nat")
-    elif request.transport != "vsock" or request.cid is None:
+
+
+def _check_socket(path: str) -> None:
+    length = len(path.encode("utf-8", "surrogateescape"))
+    if not 0 < length <= SUN_PATH:
         raise DriverError(
-            f"transport {request.transport!r} is none of virtio-serial, tcp, and vsock with a cid"
+            f"the channel's socket path has {length} bytes and must have 1 to {SUN_PATH}",
+            hint="set XDG_RUNTIME_DIR to a shorter directory",
         )

@@ -25,7 +25,7 @@ from kenaz_drivers.contract import (
     LaunchRequest,
 )
 from kenaz_drivers.qemu import probe
-from kenaz_drivers.qemu.argv import Facts, build
+from kenaz_drivers.qemu.argv import CHARDEV_ID, PORT_ID, Facts, build
 from kenaz_drivers.qemu.qmp import Event, QmpClient, QmpError
 
 GREETING_DEADLINE = 20.0
@@ -90,6 +90,8 @@ class QemuMachine:
         self._log = LogTail()
         self._log_ended = trio.Event()
         self._shutdown = ""
+        self._port_opened = False
+        self._port_changed = trio.Event()
         self._exit: Exit | None = None
         self._gone = trio.Event()
 
@@ -100,6 +102,10 @@ class QemuMachine:
     def _on_event(self, event: Event) -> None:
         if event.name == "SHUTDOWN":
             self._shutdown = str(event.data.get("reason", ""))
+        elif event.name == "VSERPORT_CHANGE" and event.data.get("id") == PORT_ID:
+            self._port_opened = self._port_opened or bool(event.data.get("open"))
+            self._port_changed.set()
+            self._port_changed = trio.Event()
 
     async def serve_monitor(self) -> None:
         await self._qmp.run()
@@ -171,6 +177,22 @@ class QemuMachine:
     def console(self) -> AsyncIterator[bytes]:
         return Console(self._console)
 
+    async def port_closed(self) -> None:
+        # QEMU tells of a port once a second at the most, and then of its last state only: so what it tells
+        # is a reason to ask.
+        while True:
+            changed = self._port_changed
+            if self._port_opened and not await self._port_is_open():
+                return
+            await changed.wait()
+
+    async def _port_is_open(self) -> bool:
+        try:
+            devices = await self._qmp.execute("query-chardev")
+        except QmpError:  # it ends, which is told elsewhere
+            await trio.sleep_forever()
+        return any(device["label"] == CHARDEV_ID and device["frontend-open"] for device in devices)
+
 
 class QemuDriver:
     """Runs machines with QEMU on this host."""
@@ -207,6 +229,15 @@ class QemuDriver:
                 "default": "",
                 "examples": ["/opt/qemu/bin/qemu-system-x86_64"],
             },
+            "vsockDaemon": {
+                "title": "Path of vhost-device-vsock",
+                "description": "The program behind the transport vhost-user-vsock, taken instead of the one "
+                "from the search path or the launcher's cache.",
+                "type": "string",
+                "minLength": 1,
+                "default": "",
+                "examples": ["/opt/vhost/bin/vhost-device-vsock"],
+            },
         },
     }
 
@@ -226,6 +257,7 @@ class QemuDriver:
             # Nothing else of ours: a guest that breaks out of QEMU must not find our environment there.
             environment={"LC_ALL": "C.UTF-8", **({MARK: request.mark} if request.mark else {})},
             descriptors=command.descriptors,
+            helpers=command.helpers,
             notes=((fallback,) if fallback else ()) + command.notes,
         )
 

@@ -26,7 +26,7 @@ import trio
 from kenaz_drivers._common.identity import boot_id
 from kenaz_drivers._common.process import capture
 from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
-from kenaz_drivers.qemu.argv import Facts
+from kenaz_drivers.qemu.argv import VSOCK_DAEMON, Facts
 from kenaz_drivers.qemu.probe_guest import PROBE_GUESTS
 
 GUEST_DEADLINE = 2.0
@@ -35,7 +35,9 @@ GUEST_DEADLINE = 2.0
 TCG_SCALE = 5.0
 """Deadlines that wait for a guest are multiplied by this under emulation."""
 
-_QUESTION_DEADLINE = 5.0  # seconds for `-version` and the like, which take 0.03
+_QUESTION_DEADLINE = 30.0  # seconds for `-version` and the like: 0.03, or 5 on a host that is emulated
+_DAEMON_PLACE = f"tools/bin/{VSOCK_DAEMON}"
+_DAEMON_MEND = f"cargo install --locked --version 0.3.0 {VSOCK_DAEMON}"
 _CACHE_VERSION = 1
 _PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
 _ARCHES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -76,6 +78,9 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
         reasons.append(Reason(True, "/dev/vhost-vsock opens"))
     else:
         reasons.append(Reason(False, f"{vsock.text}: the channel goes over virtio-serial", vsock.mend))
+    daemon, daemon_reason = find_vsock_daemon(str(options.get("vsockDaemon", "")))
+    reasons += [daemon_reason] if sys.platform == "linux" else []
+    transports = {"vsock": vsock.works, "virtio-serial": True, "vhost-user-vsock": bool(daemon), "tcp": True}
     fallback = "; ".join(reason.text for reason in chosen if not reason.ok)
     return Capabilities(
         usable=bool(accelerator),
@@ -83,9 +88,13 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
         arch=arch,
         accelerator=accelerator or "none",
         deadline_scale=TCG_SCALE if accelerator == "tcg" else 1.0,
-        transports=(*(("vsock",) if vsock.works else ()), "virtio-serial", "tcp"),
+        transports=tuple(name for name, there in transports.items() if there),
         disk_formats=("qcow2", "raw"),
-        data={"facts": json.loads(json.dumps(asdict(facts))), "fallback": fallback},
+        data={
+            "facts": json.loads(json.dumps(asdict(facts))),
+            "fallback": fallback,
+            **({VSOCK_DAEMON: daemon} if daemon else {}),
+        },
     )
 
 
@@ -128,6 +137,21 @@ def find_binary(arch: str, wanted: str = "") -> str:
         else f"apt install {_PACKAGES.get(arch, 'qemu-system')}"
     )
     raise DriverError(f"qemu-system-{arch} is not installed", hint=mend)
+
+
+def find_vsock_daemon(wanted: str = "") -> tuple[str, Reason]:
+    """The path of vhost-device-vsock, empty where there is none, and what was seen: the one that is asked
+    for, else that of the search path, else the one that `make test` puts into the cache. Linux only: it needs
+    memory that is shared by a descriptor."""
+    transport = "vhost-user-vsock"
+    places = (
+        [wanted] if wanted else [shutil.which(VSOCK_DAEMON) or "", str(cache_directory() / _DAEMON_PLACE)]
+    )
+    for path in places if sys.platform == "linux" else []:
+        if path and os.access(path, os.X_OK) and Path(path).is_file():
+            return path, Reason(True, f"{VSOCK_DAEMON} at {path}", transport=transport)
+    said = f"{wanted} is no program" if wanted else f"{VSOCK_DAEMON} is not installed"
+    return "", Reason(False, f"{said}: no transport {transport}", _DAEMON_MEND, transport)
 
 
 def _open_device(path: str, module: str) -> Verdict:

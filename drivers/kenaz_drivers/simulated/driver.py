@@ -235,6 +235,9 @@ class SimulatedMachine:
     def console(self) -> AsyncIterator[bytes]:
         return self._console
 
+    async def port_closed(self) -> None:
+        await trio.sleep_forever()  # it has no such port
+
 
 async def _first(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()

@@ -21,8 +21,8 @@ from kenaz_engine.channel.resume import Kept
 
 
 class Talk(Protocol):
-    """One conversation with a guest, without IO: what a relay asks of it. What returns actions returns them in
-    order; nothing waits or fails."""
+    """One conversation with a guest, without IO: what a relay asks of it. What returns actions returns them
+    in order; nothing waits or fails."""
 
     @property
     def state(self) -> State:

@@ -242,6 +242,9 @@ class Live:
                 self._line(f"    trying again in {record['seconds']:.1f} s")
             case "channel" if record.get("outcome") == "denied":
                 self._line(f"    tool {record.get('name', '')}: denied by the session's policy")
+            case "note" if record.get("about") == "port":
+                wanted, taken = record["wanted"], record["taken"]
+                self._line(f"    vsock port {wanted} is taken by another process: the guest dials {taken}")
             case "end":
                 self._leave(record.get("t"))
 

@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,10 @@ def _lines(plan: Plan, paint: Paint) -> Iterator[str]:
     if plan.launch is None:
         yield paint("  not known without the image", "red")
     else:
-        yield from (f"  {line}" for line in command_lines(plan.launch))
+        for helper in plan.launch.helpers:
+            yield f"  # before it, and for as long: {helper.name}"
+            yield from (f"  {line}" for line in command_lines(helper.argv))
+        yield from (f"  {line}" for line in command_lines(plan.launch.argv))
     if notes := notes_of(plan):
         yield paint("notes", "bold")
         yield from (f"  {plain(note)}" for note in notes)
@@ -162,10 +165,10 @@ def reason_lines(capabilities: Capabilities, paint: Paint, *, indent: str) -> It
         yield f"{indent}{mark}  {plain(reason.text)}{mend}"
 
 
-def command_lines(launch: LaunchPlan) -> list[str]:
+def command_lines(argv: Sequence[str]) -> list[str]:
     """The command, fit for a shell: one option a line with what belongs to it."""
     groups: list[list[str]] = []
-    for word in launch.argv:
+    for word in argv:
         if not groups or word.startswith("-"):
             groups.append([])
         groups[-1].append(shlex.quote(word))
@@ -291,6 +294,15 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             "argv": list(launch.argv),
             "environment": dict(launch.environment),
             "descriptors": {str(number): purpose for number, purpose in launch.descriptors.items()},
+            "helpers": [
+                {
+                    "name": helper.name,
+                    "argv": list(helper.argv),
+                    "environment": dict(helper.environment),
+                    "sockets": list(helper.sockets),
+                }
+                for helper in launch.helpers
+            ],
         },
         "notes": notes_of(plan),
     }

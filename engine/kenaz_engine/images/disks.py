@@ -1,6 +1,6 @@
 """Ephemeral disks: what a session may write to, made from an image's root disk that it never writes to.
 
-See docs/decisions/0032-ephemeral-disks.md for why no program is started.
+See docs/decisions/0016-ephemeral-disks.md for why no program is started.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ import trio
 from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
-from kenaz_engine.channel.transports.unix import listen_unix
+from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.builds import Build, Offered
@@ -41,6 +42,7 @@ from kenaz_engine.session.guest import (
     guest_variables,
     launch_request,
 )
+from kenaz_engine.session.helpers import start_helper
 from kenaz_engine.session.ledger import AcquireTimeout, Made
 from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder, RecordLost
@@ -98,6 +100,9 @@ class Activities:
         self._image: Image | None = None
         self._build: Build | None = None
         self._listener: Listener | None = None
+        self._port = prepared.resolved.channel.port
+        self._helper_end = ""
+        self._helper_ended = trio.Event()
         self._machine: Machine | None = None
         self._machine_ready_or_not = trio.Event()
         self._machine_exited = trio.Event()
@@ -213,8 +218,6 @@ class Activities:
         root = self._layout.disk("root", root_format)
         config = self._layout.disk("config", config_format)
         build = self._build or (self._prepared.build.planned if self._prepared.build else None)
-        variables = guest_variables(self._prepared, self._layout, self._token, build)
-        files = {ENVIRONMENT_FILE: environment_file(variables)}
 
         async def make_root() -> tuple[Made, None]:
             if self._image is None:
@@ -229,6 +232,8 @@ class Activities:
             return Made({**made.handle, "made": how}, made.release), None
 
         async def make_config() -> tuple[Made, None]:
+            variables = guest_variables(self._prepared, self._layout, self._token, build, port=self._port)
+            files = {ENVIRONMENT_FILE: environment_file(variables)}
             directory = config_format == "directory"
             with _naming(config):
                 (write_directory if directory else write_config_disk)(config, files)
@@ -236,28 +241,31 @@ class Activities:
 
         kind = "directory" if root_format == "directory" else "file"
         await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
+        await self._listen(work)
         kind = "directory" if config_format == "directory" else "file"
         await work.ledger.acquire("config", kind, {"path": str(config)}, make_config)
-        await self._listen(work)
 
     async def _listen(self, work: Work) -> None:
-        """Listens before the machine starts, so that no guest dials in vain."""
-        if self._prepared.transport == "vsock":
+        """Listens before the machine starts, so that no guest dials in vain; before the config disk is made,
+        which says where."""
+        transport, wanted = self._prepared.transport, self._port
+        if transport == "vsock":
 
             async def make_cid() -> tuple[Made, None]:
                 claim = claim_cid()
                 try:
-                    listener = listen_vsock(self._prepared.resolved.channel.port, cid=claim.cid)
+                    listener = listen_vsock(wanted, cid=claim.cid, or_another=True)
                 except BaseException:
                     os.close(claim.file)
                     raise
-                self._claim, self._listener = claim, listener
+                self._claim, self._listener, self._port = claim, listener, listener.port
                 return Made({"cid": claim.cid, "port": listener.port}, self._end_claim), None
 
-            port = {"port": self._prepared.resolved.channel.port}
-            await work.ledger.acquire("socket", "cid", port, make_cid)
+            await work.ledger.acquire("socket", "cid", {"port": wanted}, make_cid)
+            if self._port != wanted:
+                self._recorder.append("note", {"about": "port", "wanted": wanted, "taken": self._port})
             return
-        if self._prepared.transport == "tcp":
+        if transport == "tcp":
 
             async def make_port() -> tuple[Made, None]:
                 self._listener = reserved = reserve_port()
@@ -265,12 +273,15 @@ class Activities:
 
             await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_port)
             return
+        path = self._layout.listening(transport, wanted)
 
         async def make_socket() -> tuple[Made, None]:
-            self._listener = listener = listen_unix(self._layout.channel)
-            return Made(file_handle(listener.path), listener.aclose), None
+            listener: UnixListener | SerialPort
+            listener = listen_serial(path) if transport == "virtio-serial" else listen_unix(path)
+            self._listener = listener
+            return Made(file_handle(Path(path)), listener.aclose), None
 
-        await work.ledger.acquire("socket", "socket", {"path": str(self._layout.channel)}, make_socket)
+        await work.ledger.acquire("socket", "socket", {"path": path}, make_socket)
 
     async def _end_claim(self) -> None:
         assert self._listener is not None
@@ -291,11 +302,14 @@ class Activities:
         )
         plan = self._prepared.driver.plan(request)
 
+        mark, died = self._layout.mark, self._helper_died
+        helpers = [await start_helper(work, helper, mark, died) for helper in plan.helpers]
+
         async def make() -> tuple[Made, Machine]:
             machine = await work.start(partial(self._own_machine, plan, work.ledger.last, work))
             return Made(machine.handle, self._end_machine), machine
 
-        uses = ("disk", "config", "socket")
+        uses = ("disk", "config", "socket", *helpers)
         intent = {"driver": plan.driver, "argv": list(plan.argv), "mark": self._layout.mark}
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
         try:
@@ -321,19 +335,35 @@ class Activities:
                 self._close_claim()
                 task_status.started(machine)
                 nursery.start_soon(self._read_console, machine)
-                ended = await machine.wait()
+                async with trio.open_nursery() as watching:
+                    watching.start_soon(self._end_without_helper, machine)
+                    if isinstance(self._listener, SerialPort):
+                        watching.start_soon(watch_port, machine, self._listener)
+                    ended = await machine.wait()
+                    watching.cancel_scope.cancel()
                 self._machine_exited.set()
                 nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
                 # What the driver says of a machine that did not start goes before, for it says more.
                 await self._machine_ready_or_not.wait()
                 if self._conversation is not None:
                     await self._conversation.last_words()
-            data = {"clean": ended.clean, "message": ended.reason}
+            clean = ended.clean and not self._helper_end
+            data = {"clean": clean, "message": self._helper_end or ended.reason}
             work.put(Event("vm.exited", data, id=ledger_id))
         finally:
             self._machine_exited.set()
             self._machine_gone.set()
             self._console.close()
+
+    def _helper_died(self, how: str) -> None:
+        """The machine is as good as gone: what its channel loses now is no event of its own."""
+        self._helper_end = self._helper_end or how
+        self._machine_exited.set()
+        self._helper_ended.set()
+
+    async def _end_without_helper(self, machine: Machine) -> None:
+        await self._helper_ended.wait()
+        await machine.kill()
 
     def _patterns(self) -> list[tuple[str, str]]:
         patterns = self._image.console_patterns if self._image else CONSOLE_PATTERNS
@@ -390,6 +420,16 @@ class Activities:
         left = await work.ledger.release_all(trio.current_time() + seconds)
         if left:
             raise ActivityError("; ".join(f"the {entry.resource} {entry.error}" for entry in left))
+
+
+async def watch_port(machine: Machine, port: SerialPort) -> None:
+    """Ends the stream of a writer that has closed the port. Who has begun since is not meant."""
+    while True:
+        seen = port.openings
+        await machine.port_closed()
+        if port.openings == seen:
+            port.guest_closed()
+            await port.next_opening(seen)
 
 
 def _explained(function: ActivityFunction) -> ActivityFunction:

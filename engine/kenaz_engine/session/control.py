@@ -42,7 +42,7 @@ async def serve_control(listener: UnixListener, request: Callable[[str], None]) 
                     nursery.start_soon(_answer, accepted.stream, request)
 
 
-async def _answer(stream: trio.SocketStream, request: Callable[[str], None]) -> None:
+async def _answer(stream: trio.abc.Stream, request: Callable[[str], None]) -> None:
     with trio.move_on_after(_PATIENCE):
         async with stream:
             try:
@@ -68,7 +68,7 @@ async def ask(path: Path, command: str) -> None:
         raise ControlError(str(reply.get("error", "it closed the connection without an answer")))
 
 
-async def _read_line(stream: trio.SocketStream) -> bytes:
+async def _read_line(stream: trio.abc.Stream) -> bytes:
     data = b""
     while b"\n" not in data and len(data) < _REQUEST_BYTES:
         chunk = await stream.receive_some(_REQUEST_BYTES)

@@ -33,6 +33,7 @@ from kenaz_engine.channel.relay import (
     refuse,
 )
 from kenaz_engine.channel.transports import Listener, TransportError
+from kenaz_engine.channel.transports.virtio_serial import SerialPort
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.ledger import Made
 from kenaz_engine.session.lifecycles import executes, reaccepts
@@ -182,10 +183,10 @@ class Conversation:
                 await stays.aclose()
             raise
 
-    async def _greet(self, stream: trio.SocketStream | Connection, peer: str, work: Work) -> None:
+    async def _greet(self, stream: trio.abc.Stream | Connection, peer: str, work: Work) -> None:
         await self._hold(await self._shake(stream, work), peer, work)
 
-    async def _shake(self, stream: trio.SocketStream | Connection, work: Work) -> GuestChannel:
+    async def _shake(self, stream: trio.abc.Stream | Connection, work: Work) -> GuestChannel:
         # Ids are given in order: the channel's is the next.
         ledger_id = work.ledger.last + 1
 
@@ -267,8 +268,8 @@ class Conversation:
 
     async def _refuse_others(self) -> None:
         """The session has its guest: whoever dials now is told so. The journal names the first of them."""
-        if self._dialect.dialled:
-            return
+        if self._dialect.dialled or isinstance(self._listener, SerialPort):
+            return  # nobody can: what comes next on a port is its next writer
         try:
             accepted = await self._listener.accept()
             self._recorder.append("note", {"about": "refused", "peer": accepted.peer})

@@ -33,8 +33,8 @@ from kenaz_engine.channel.transports.unix import SUN_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.session.locks import Lock, is_locked, try_lock
 
-SOCKETS = ("control.sock", "channel.sock")
-"""Names of the sockets that a session may have."""
+SOCKETS = ("control.sock", "channel.sock", "vhost", "vsock", "vsock_65535")
+"""Names of the sockets that a session may have; the number is a port."""
 
 JOURNAL = "journal.jsonl"
 CONSOLE = "console.log"

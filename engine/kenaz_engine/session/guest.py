@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
+from kenaz_engine.channel.transports.hybrid import guest_path
 from kenaz_engine.images.builds import Build
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
@@ -40,6 +41,21 @@ class Layout:
         return self.sockets / "channel.sock"
 
     @property
+    def vsock(self) -> Path:
+        """Where a vsock device that is a daemon has its socket for the host; see transports/hybrid.py."""
+        return self.sockets / "vsock"
+
+    def listening(self, transport: str, port: int) -> str:
+        """The path of the socket on which the launcher listens for the guest; empty for AF_VSOCK."""
+        match transport:
+            case "vsock" | "tcp":
+                return ""
+            case "vhost-user-vsock":
+                return guest_path(self.vsock, port)
+            case _:
+                return str(self.channel)
+
+    @property
     def control(self) -> Path:
         """The socket on which other terminals ask."""
         return self.sockets / "control.sock"
@@ -58,7 +74,7 @@ def disk_formats(prepared: Prepared, image: Image | None) -> tuple[str, str]:
     return root, "directory" if root == "directory" else "raw"
 
 
-def guest_address(prepared: Prepared, layout: Layout) -> str:
+def guest_address(prepared: Prepared, layout: Layout, port: int) -> str:
     """Where the guest finds the channel: `KENAZ_CHANNEL`. A guest that is dialled listens on
     HARNESS_VM_PORT."""
     match prepared.transport:
@@ -66,28 +82,29 @@ def guest_address(prepared: Prepared, layout: Layout) -> str:
             return f"listen:{prepared.resolved.channel.port}"
         case "virtio-serial":
             return f"virtio-serial:{VIRTIO_SERIAL_PORT}"
-        case "vsock":
-            return f"vsock:2:{prepared.resolved.channel.port}"
+        case "vsock" | "vhost-user-vsock":
+            return f"vsock:2:{port}"
         case _:
             return f"unix:{layout.channel}"
 
 
 def guest_variables(
-    prepared: Prepared, layout: Layout, token: str, build: Build | None = None
+    prepared: Prepared, layout: Layout, token: str, build: Build | None = None, *, port: int | None = None
 ) -> dict[str, str]:
     """The boot parameters, by the names that images read (docs/reference/image.md). `build` is what the
-    catalogs have under the name of the workbench's build. `token` is not empty: today's guests would then let
-    anybody in."""
+    catalogs have under the name of the workbench's build; `port` is the one that is listened on, where that
+    is not the spec's. `token` is not empty: today's guests would then let anybody in."""
     assert token
     resolved = prepared.resolved
+    port = port or resolved.channel.port
     variables = {
         "HARNESS_VM_TOKEN": token,
         # For the served half of such a guest, which nobody here talks to: without one it is open too.
         **({"HARNESS_SERVE_TOKEN": secrets.token_urlsafe(32)} if resolved.channel.dial == "host" else {}),
-        "HARNESS_VM_PORT": str(resolved.channel.port),
+        "HARNESS_VM_PORT": str(port),
         "SIGIL_WORKBENCH_ID": resolved.id,
         "KENAZ_SESSION_ID": resolved.id,
-        "KENAZ_CHANNEL": guest_address(prepared, layout),
+        "KENAZ_CHANNEL": guest_address(prepared, layout, port),
         "KENAZ_WORKBENCH_BUILD": resolved.workbench.build,
         **{f"KENAZ_ENVGRANT_{name}": value for name, value in resolved.workbench.env.items()},
     }
@@ -138,7 +155,7 @@ def launch_request(
         cpus=resolved.machine.cpus,
         memory=resolved.machine.memory,
         transport=prepared.transport,
-        channel="" if prepared.transport in ("vsock", "tcp") else str(layout.channel),
+        channel=layout.listening(prepared.transport, resolved.channel.port),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
         kernel=str(image.kernel) if image and image.kernel else "",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
 from kenaz_drivers.registry import choose, load
+from kenaz_engine.channel.transports.vsock import FIRST_CID
 from kenaz_engine.images.builds import Offered, find_build, offline_without
 from kenaz_engine.images.catalog import Located, default_cache, locate
 from kenaz_engine.images.errors import ImageError, ImageMissing
@@ -65,7 +66,9 @@ def plan_launch(prepared: Prepared, layout: Layout) -> LaunchPlan:
     DriverError for what it cannot do."""
     image = _STAND_IN if prepared.fetches else prepared.image
     build = prepared.build.planned if prepared.build else None
-    return prepared.driver.plan(launch_request(prepared, layout, image, build))
+    # The CID is claimed when the session runs; until then the first one stands for it.
+    cid = FIRST_CID if prepared.transport == "vsock" else None
+    return prepared.driver.plan(launch_request(prepared, layout, image, build, cid=cid))
 
 
 async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepared:
@@ -157,7 +160,7 @@ async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabil
         raise CannotRun(str(exc), exc.hint) from exc
     capabilities = await driver.probe(arch, resolved.driver_options.get(driver.name, {}))
     if not capabilities.usable:
-        wrong = [reason for reason in capabilities.reasons if not reason.ok]
+        wrong = [r for r in capabilities.reasons if not r.ok and not r.transport]
         raise CannotRun(
             f"the driver {driver.name} cannot run {arch} guests here: {'; '.join(r.text for r in wrong)}",
             "; ".join(r.mend for r in wrong if r.mend),
@@ -170,9 +173,12 @@ def _transport(resolved: ResolvedSession, driver: Driver, capabilities: Capabili
     if wanted == "auto":
         return offered[0], f"first of what {driver.name} offers here: {', '.join(offered)}"
     if wanted not in offered:
+        lacks = [r for r in capabilities.reasons if r.transport == wanted and not r.ok]
+        why = "".join(f": {reason.text}" for reason in lacks)
+        mend = "".join(f"{reason.mend}; or " for reason in lacks)
         raise CannotRun(
-            f"the driver {driver.name} has no transport {wanted} here",
-            f"it has {', '.join(offered)}; or leave spec.channel.transport at auto",
+            f"the driver {driver.name} has no transport {wanted} here{why}",
+            f"{mend}it has {', '.join(offered)}; or leave spec.channel.transport at auto",
         )
     return wanted, "asked for by the spec"
 
@@ -187,9 +193,9 @@ def _notes(
     notes = []
     for name, other in considered:
         if name != driver.name:
-            why = "; ".join(reason.text for reason in other.reasons if not reason.ok)
+            why = "; ".join(r.text for r in other.reasons if not r.ok and not r.transport)
             notes.append(f"{name} is not used: {why}")
-    notes += [reason.text for reason in capabilities.reasons if not reason.ok]
+    notes += [reason.text for reason in capabilities.reasons if not reason.ok and not reason.transport]
     if capabilities.deadline_scale != 1.0:
         scale = f"x{capabilities.deadline_scale:g} under {capabilities.accelerator}"
         notes.append(f"deadlines that wait for the guest are {scale}")

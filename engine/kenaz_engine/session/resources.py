@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kenaz_drivers._common.terminate import terminate
 from kenaz_engine.session.ledger import Made
 
 Intent = Mapping[str, Any]
@@ -67,6 +68,18 @@ async def _nothing(fields: Mapping[str, Any]) -> None:
     """What lives and dies with the launcher's process."""
 
 
+async def _unlink_sockets(fields: Mapping[str, Any]) -> None:
+    """The process is ended by its mark, or has died with its launcher; what it made lies in the session's own
+    directory."""
+    for path in fields["sockets"]:
+        Path(path).unlink(missing_ok=True)
+
+
+async def _end_process(handle: Handle) -> None:
+    await terminate(handle)
+    await _unlink_sockets(handle)
+
+
 _WITH_THE_LAUNCHER: Mapping[str, Release] = dict.fromkeys(
     ("image-reference", "stream", "cid", "port"), _nothing
 )
@@ -75,6 +88,7 @@ BY_INTENT: Mapping[str, Release] = {
     "file": _unlink,
     "socket": _unlink,
     "directory": _remove_tree,
+    "process": _unlink_sockets,
     **_WITH_THE_LAUNCHER,
 }
 """Release from an intent alone, by kind: for an act that failed, or that nobody saw the end of. Machines are
@@ -84,6 +98,7 @@ BY_HANDLE: Mapping[str, Release] = {
     "file": _unlink_same,
     "socket": _unlink_same,
     "directory": _remove_same,
+    "process": _end_process,
     **_WITH_THE_LAUNCHER,
 }
 """Release by the handle, in a process other than the one that made it. Machines are their driver's."""

@@ -1,7 +1,8 @@
-"""A UNIX socket on which the launcher listens.
+"""UNIX sockets: on which the launcher listens, and which it dials.
 
-QEMU (virtio-serial, over a chardev) and the process driver dial it. Who may: the socket lies in a directory
-that only this user can enter, and the kernel tells the peer's user id.
+The process driver's agent dials one, and other transports are made of them: see `hybrid`, `virtio_serial` and
+`vfkit`. Who may dial: the socket lies in a directory that only this user can enter, and the kernel tells the
+peer's user id.
 """
 
 from __future__ import annotations
@@ -102,6 +103,14 @@ async def accept_socket(listening: trio.socket.SocketType) -> trio.socket.Socket
             hint = "raise the limit of open files (ulimit -n)" if exc.errno == errno.EMFILE else ""
             raise TransportError(f"cannot accept: {exc.strerror or exc}", hint=hint) from None
         return accepted
+
+
+async def dial_unix(path: str | os.PathLike[str]) -> trio.SocketStream:
+    """Connects to the socket at `path`. Raises TransportError; `__cause__` is the system's error."""
+    try:
+        return await trio.open_unix_socket(path)
+    except OSError as exc:
+        raise TransportError(f"{path}: cannot be dialled: {exc.strerror or exc}") from exc
 
 
 def _require_private(directory: Path) -> None:

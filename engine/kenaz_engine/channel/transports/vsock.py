@@ -1,7 +1,7 @@
 """AF_VSOCK: the guest dials CID 2, the host's kernel says from which CID.
 
-Sources: vsock(7), linux/vhost.h; facts of behaviour seen with Linux 6.1. `claim_cid` has not yet run against
-a real /dev/vhost-vsock in this project's tests; the listener has, without a guest behind it.
+Sources: vsock(7), linux/vhost.h; behaviour seen with Linux 6.1, where all of this is run in tests, in a
+virtual machine that plays the host (tests/integration/test_kernel_vsock.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,13 +45,78 @@ class Claim:
     file: int
 
 
-class VsockListener:
-    """Made by `listen_vsock`."""
+class SharedPort:
+    """One listening socket of this process, for all its sessions on that port.
 
-    def __init__(self, listening: trio.socket.SocketType, port: int, cid: int) -> None:
+    Ports are shared by all guests of a host, and with vsock_loopback by its processes: who dials is told by
+    its CID alone. Sessions that wait take turns at the socket; what comes for another is put aside for it.
+    """
+
+    def __init__(self, listening: trio.socket.SocketType, port: int) -> None:
         self.port = port
-        self._cid = cid
         self._socket = listening
+        self._aside: dict[int, deque[trio.socket.SocketType]] = {}
+        self._changed = trio.lowlevel.ParkingLot()
+        self._taken = False
+
+    def join(self, cid: int) -> VsockListener:
+        """The port for the guest of that CID. Raises TransportError where it has a listener already."""
+        if cid in self._aside:
+            raise TransportError(f"vsock port {self.port}: another session of this process has CID {cid}")
+        self._aside[cid] = deque()
+        return VsockListener(self, cid)
+
+    def leave(self, cid: int) -> None:
+        """Closes what was put aside, and the socket after the last."""
+        for connected in self._aside.pop(cid, ()):
+            connected.close()
+        self._changed.unpark_all()
+        if not self._aside:
+            self._socket.close()
+            if _ports.get(self.port) is self:
+                del _ports[self.port]
+
+    async def accept(self, cid: int) -> trio.socket.SocketType:
+        """The next connection of that guest. Raises TransportError."""
+        while True:
+            if cid not in self._aside:
+                raise TransportError(f"vsock port {self.port}: listened no more for CID {cid}")
+            if self._aside[cid]:
+                await trio.lowlevel.checkpoint()
+                return self._aside[cid].popleft()
+            if self._taken:
+                await self._changed.park()
+                continue
+            self._taken = True
+            try:
+                self._sort(await accept_socket(self._socket))
+            finally:
+                self._taken = False
+                self._changed.unpark_all()
+
+    def _sort(self, connected: trio.socket.SocketType) -> None:
+        try:
+            cid, _ = connected.getpeername()
+        except OSError:  # gone again
+            cid = CID_ANY
+        aside = self._aside.get(cid)
+        if aside is None or len(aside) >= BACKLOG:
+            connected.close()
+        else:
+            aside.append(connected)
+
+
+_ports: dict[int, SharedPort] = {}
+"""The ports on which this process listens."""
+
+
+class VsockListener:
+    """Made by `listen_vsock`: a port, for one guest."""
+
+    def __init__(self, shared: SharedPort, cid: int) -> None:
+        self.port = shared.port
+        self._shared = shared
+        self._cid = cid
 
     @property
     def address(self) -> str:
@@ -58,30 +124,25 @@ class VsockListener:
         return f"vsock:{self.port}"
 
     async def accept(self) -> Accepted:
-        """The next connection of the expected guest; others are closed: ports are shared by all guests of a
-        host, and with vsock_loopback by its processes. Raises TransportError."""
-        while True:
-            connected = await accept_socket(self._socket)
-            try:
-                cid, port = connected.getpeername()
-            except OSError:  # gone again
-                connected.close()
-                continue
-            if cid == self._cid:
-                return Accepted(trio.SocketStream(connected), f"cid {cid} port {port}")
-            connected.close()
+        """The next connection of the expected guest; those of nobody's guest are closed. Raises
+        TransportError."""
+        connected = await self._shared.accept(self._cid)
+        return Accepted(trio.SocketStream(connected), f"cid {self._cid}")
 
     async def aclose(self) -> None:
-        """Stops listening. Idempotent."""
-        self._socket.close()
+        """Stops listening for this guest. Idempotent."""
+        self._shared.leave(self._cid)
         await trio.lowlevel.checkpoint()
 
 
-def listen_vsock(port: int, *, cid: int) -> VsockListener:
+def listen_vsock(port: int, *, cid: int, or_another: bool = False) -> VsockListener:
     """Listens on `port` (PORT_ANY: a free one) for the guest of that CID. Raises TransportError.
 
-    That this succeeds proves nothing about guests: the kernel lets anyone listen.
+    A process listens once on a port, for all its sessions; where another process has the port, `or_another`
+    takes a free one instead. That this succeeds proves nothing about guests: the kernel lets anyone listen.
     """
+    if port in _ports:
+        return _ports[port].join(cid)
     family = getattr(socket, "AF_VSOCK", None)
     if family is None:
         raise TransportError(
@@ -99,12 +160,33 @@ def listen_vsock(port: int, *, cid: int) -> VsockListener:
         bound = listening.getsockname()[1]
     except OSError as exc:
         listening.close()
+        if exc.errno == errno.EADDRINUSE and or_another:
+            return listen_vsock(PORT_ANY, cid=cid)
         hint = {
-            errno.EADDRINUSE: "another session listens there: choose another spec.channel.port",
+            errno.EADDRINUSE: "another process listens there: choose another spec.channel.port",
             errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE: choose a higher spec.channel.port",
         }.get(exc.errno or 0, "")
         raise TransportError(f"vsock port {port}: cannot listen: {exc.strerror or exc}", hint=hint) from None
-    return VsockListener(trio.socket.from_stdlib_socket(listening), bound, cid)
+    shared = _ports[bound] = SharedPort(trio.socket.from_stdlib_socket(listening), bound)
+    return shared.join(cid)
+
+
+async def dial_vsock(cid: int, port: int) -> trio.SocketStream:
+    """Connects to a port of the guest of that CID. The kernel gives up after 2 s. Raises TransportError."""
+    dialling = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    try:
+        await dialling.connect((cid, port))
+    except BaseException as exc:
+        dialling.close()
+        if not isinstance(exc, OSError):
+            raise
+        why = {
+            errno.ENODEV: "no guest has that CID",
+            errno.ECONNRESET: "the guest does not listen there",
+            errno.ETIMEDOUT: "the guest is not up",
+        }.get(exc.errno or 0, exc.strerror or str(exc))
+        raise TransportError(f"vsock {cid}:{port} cannot be dialled: {why}") from exc
+    return trio.SocketStream(dialling)
 
 
 def claim_cid(

@@ -1,0 +1,237 @@
+"""Throughput and round trip through a real guest, for each transport that this host has. Prints JSON. Needs
+QEMU and the demo image; a transport whose parts are missing is left out, and named.
+
+The guest's agent starts a small program and is then ended; that program takes the channel and does what
+single bytes tell it, so that what is measured is the transport, with Python at both ends, and no protocol.
+Under emulation the guest's side dominates; hence ratios, and the same talk between two processes of the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from kenaz_drivers._common.process import spawn
+from kenaz_drivers.contract import Disk, LaunchRequest, Machine
+from kenaz_drivers.qemu.driver import QemuDriver
+from kenaz_engine.channel.policy import ToolPolicy
+from kenaz_engine.channel.relay import Expected, handshake
+from kenaz_engine.channel.transports.hybrid import guest_path
+from kenaz_engine.channel.transports.unix import listen_unix
+from kenaz_engine.channel.transports.virtio_serial import listen_serial
+from kenaz_engine.images.catalog import default_cache, find_image
+from kenaz_engine.images.config_disk import environment_file, write_config_disk
+from kenaz_engine.images.disks import create_disk
+
+TRIPS = int(os.environ.get("KENAZ_BENCH_TRIPS", "1000"))
+BULK = int(os.environ.get("KENAZ_BENCH_BULK", str(16 << 20)))
+PORT = 7881
+PATIENCE = 90.0
+ADDRESSES = {
+    "virtio-serial": "virtio-serial:dev.kenaz.channel",
+    "vhost-user-vsock": f"vsock:2:{PORT}",
+}
+
+PEER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import agent
+while True:
+    try:
+        fd = agent.open_channel(sys.argv[2])
+        break
+    except OSError:
+        time.sleep(0.05)
+os.write(fd, agent.MARK)  # on a port, what the agent left ends here
+block = bytes(65536)
+def read(size):
+    while size:
+        size -= len(os.read(fd, min(size, 65536)))
+while command := os.read(fd, 1):
+    if command == b"e":
+        read(99)
+        os.write(fd, block[:100])
+        continue
+    left = size = int.from_bytes(b"".join(os.read(fd, 1) for _ in range(8)), "big")
+    if command == b"r":
+        read(size)
+        os.write(fd, b"!")
+    while command == b"w" and left:
+        left -= os.write(fd, block[:left])
+"""
+"""Says four bytes. `e` and 99 bytes: answers with 100; `r` or `w` and a size: takes, or gives, that much."""
+
+TAKE_OVER = """
+read -r _ _ _ agent _ </proc/$PPID/stat
+read -r _ _ _ supervisor _ </proc/$agent/stat
+busybox setsid python3.11 -c "$0" /usr/lib/kenaz "$1" &
+busybox sleep 1  # until it is out of reach: the agent takes all that is near with it
+kill -9 "$supervisor" "$agent"
+"""
+
+
+async def read(stream: trio.abc.ReceiveStream, size: int) -> None:
+    """That many bytes, thrown away."""
+    while size:
+        data = await stream.receive_some(min(size, 1 << 17))
+        if not data:
+            raise EOFError
+        size -= len(data)
+
+
+async def measure(stream: trio.abc.Stream) -> dict[str, float]:
+    """Microseconds of a round trip of 100 bytes, and MB/s each way."""
+    await read(stream, 4)
+    trips = []
+    for _ in range(TRIPS):
+        began = time.perf_counter()
+        await stream.send_all(b"e" + bytes(99))
+        await read(stream, 100)
+        trips.append((time.perf_counter() - began) * 1e6)
+    began = time.perf_counter()
+    await stream.send_all(b"r" + BULK.to_bytes(8, "big"))
+    block = bytes(1 << 16)
+    for _ in range(BULK // len(block)):
+        await stream.send_all(block)
+    await read(stream, 1)
+    inward = BULK / (time.perf_counter() - began) / 1e6
+    began = time.perf_counter()
+    await stream.send_all(b"w" + BULK.to_bytes(8, "big"))
+    await read(stream, BULK)
+    outward = BULK / (time.perf_counter() - began) / 1e6
+    trips.sort()
+    return {
+        "round_trip_p50_us": round(statistics.median(trips), 1),
+        "round_trip_p95_us": round(trips[len(trips) * 95 // 100], 1),
+        "to_guest_mb_s": round(inward, 1),
+        "to_host_mb_s": round(outward, 1),
+    }
+
+
+@asynccontextmanager
+async def machine_over(transport: str, base: Path) -> AsyncIterator[Any]:
+    """The listener of a machine that runs; None where the host lacks what the transport needs."""
+    driver = QemuDriver()
+    image = find_image("demo", "x86_64", default_cache())
+    capabilities = await driver.probe("x86_64", {})
+    if transport not in capabilities.transports:
+        yield None
+        return
+    variables = {"KENAZ_SESSION_ID": "s", "HARNESS_VM_TOKEN": "t", "KENAZ_CHANNEL": ADDRESSES[transport]}
+    write_config_disk(base / "config", {"kenaz.env": environment_file(variables)})
+    await create_disk(base / "root", "qcow2", base=image.root, base_format=image.root_format, size=1 << 30)
+    serial = transport == "virtio-serial"
+    path = str(base / "c") if serial else guest_path(base / "v", PORT)
+    request = LaunchRequest(
+        session="bench",
+        directory=str(base),
+        runtime=str(base),
+        cpus=1,
+        memory=256 << 20,
+        transport=transport,
+        channel=path,
+        port=PORT,
+        capabilities=capabilities,
+        kernel=str(image.kernel),
+        initrd=str(image.initrd),
+        cmdline=image.cmdline,
+        disks=(
+            Disk("root", str(base / "root"), "qcow2"),
+            Disk("config", str(base / "config"), "raw", readonly=True),
+        ),
+    )
+    plan = driver.plan(request)
+    async with AsyncExitStack() as stack:
+        listener = listen_serial(path) if serial else listen_unix(path)
+        stack.push_async_callback(listener.aclose)
+        for helper in plan.helpers:
+            child = spawn(helper.argv, env=helper.environment)
+            stack.push_async_callback(child.end)
+            while not all(Path(socket).exists() for socket in helper.sockets):
+                await trio.sleep(0.01)
+        machine = await stack.enter_async_context(driver.launch(plan, {}))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(drain, machine)
+        await machine.ready()
+        yield listener
+        nursery.cancel_scope.cancel()
+
+
+async def drain(machine: Machine) -> None:
+    """The console is read always, and shown nowhere."""
+    async for _ in machine.console():
+        pass
+
+
+async def through(transport: str) -> dict[str, float] | None:
+    """The figures of one transport."""
+    expected = Expected(
+        session="s",
+        token="t",
+        tools=ToolPolicy([]),
+        capabilities=frozenset({"exec"}),
+        one_stream=transport == "virtio-serial",
+    )
+    with tempfile.TemporaryDirectory(prefix="kenaz-") as folder, trio.fail_after(PATIENCE):
+        async with machine_over(transport, Path(folder)) as listener:
+            if listener is None:
+                return None
+            channel = await handshake((await listener.accept()).stream, expected)
+            words = ["sh", "-c", TAKE_OVER, PEER, ADDRESSES[transport]]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(channel.run)
+                with trio.move_on_after(5):  # on a port, nothing tells that its agent is gone
+                    await channel.execute(words, lambda stream, text: None)
+                nursery.cancel_scope.cancel()
+            await channel.aclose()
+            return await measure((await listener.accept()).stream)
+
+
+async def locally() -> dict[str, float]:
+    """The same talk with the same program, as a process of this host."""
+    with tempfile.TemporaryDirectory(prefix="kenaz-") as folder:
+        listener = listen_unix(Path(folder, "c"))
+        agent = Path(__file__).parents[2] / "engine/kenaz_engine/guest"
+        command = [sys.executable, "-c", PEER, str(agent), f"unix:{folder}/c"]
+        with subprocess.Popen(command) as peer:
+            stream = (await listener.accept()).stream
+            found = await measure(stream)
+            await stream.aclose()
+            await listener.aclose()
+            peer.kill()
+        return found
+
+
+def main() -> int:
+    """Measures and prints. There is no bound: what it takes is the hypervisor's."""
+    found: dict[str, Any] = {"unix, no guest": trio.run(locally)}
+    missing = []
+    for transport in ADDRESSES:
+        figures = trio.run(through, transport)
+        if figures is None:
+            missing.append(transport)
+        else:
+            found[transport] = figures
+    serial, vhost = found.get("virtio-serial"), found.get("vhost-user-vsock")
+    ratios = {
+        f"vhost-user-vsock/virtio-serial {name}": round(vhost[name] / serial[name], 2)
+        for name in (serial or {})
+        if serial and vhost
+    }
+    print(json.dumps({**found, **ratios, "missing": missing, "trips": TRIPS, "bulk": BULK}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
