@@ -26,7 +26,7 @@ import trio
 
 from kenaz_engine.images.catalog import load_image, verify_image
 from kenaz_engine.images.disks import create_disk
-from kenaz_engine.images.fetch import ensure
+from kenaz_engine.images.ensure import ensure
 
 ROUNDS = int(os.environ.get("KENAZ_BENCH_ROUNDS", "7"))
 SIZE = 256 << 20
@@ -39,7 +39,7 @@ import sys, time, trio
 import kenaz_engine.cli.run, kenaz_engine.spec.resolve, kenaz_engine.session.launch
 from pathlib import Path
 from kenaz_engine.images.catalog import default_cache, locate
-from kenaz_engine.images.fetch import ensure
+from kenaz_engine.images.ensure import ensure
 from kenaz_engine.session.directory import state_home
 from kenaz_engine.spec.resolve import load_session
 load_session(Path(sys.argv[1]).read_text(), sys.argv[1], environment={})
