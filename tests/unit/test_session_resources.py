@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kenaz_drivers._common.identity import identify
 from kenaz_engine.journal.writer import Journal
 from kenaz_engine.session.ledger import Left
 from kenaz_engine.session.leftovers import leftovers
@@ -91,10 +92,6 @@ def acquired(journal: Journal, number: int, resource: str, kind: str, handle: An
     journal.append("acquired", fields)
 
 
-def own_start_time() -> str:
-    return Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
-
-
 def test_what_is_still_there_is_told(journal: Journal, tmp_path: Path) -> None:
     kept, gone = tmp_path / "kept", tmp_path / "gone"
     kept.touch()
@@ -114,8 +111,8 @@ def test_what_is_still_there_is_told(journal: Journal, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 def test_a_process_is_known_by_its_start_time(journal: Journal) -> None:
     journal.append("header", {"format": 1})
-    acquired(journal, 1, "vm", "machine", {"pid": os.getpid(), "start_time": own_start_time()})
-    acquired(journal, 2, "old", "machine", {"pid": os.getpid(), "start_time": "1"})
+    acquired(journal, 1, "vm", "machine", identify(os.getpid()))
+    acquired(journal, 2, "old", "machine", {**identify(os.getpid()), "start_time": "1"})
     acquired(journal, 3, "dead", "machine", {"pid": 2**22 + 1, "start_time": "1"})
     assert leftovers(journal.path) == [f"the vm, process {os.getpid()}"]
 
