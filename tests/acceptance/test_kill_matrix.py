@@ -138,8 +138,12 @@ def test_killed_at_any_time(worlds: Worlds, count: int, options: dict[str, str])
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    whole = 0.9 if options is PROCESS else 6.0
-    plan = [(draw.uniform(0.2, whole), draw.random() < 0.5) for _ in range(count)]
+    begun = time.monotonic()
+    pieces(worlds(), **options)
+    whole = time.monotonic() - begun
+    if (os.cpu_count() or 1) < AT_ONCE:
+        whole *= 2  # several at a time are that much slower
+    plan = [(draw.uniform(0.2 * whole, whole), draw.random() < 0.5) for _ in range(count)]
 
     def one(when: tuple[float, bool]) -> None:
         world, (seconds, group) = worlds(), when
