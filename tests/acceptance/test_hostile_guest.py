@@ -87,6 +87,9 @@ class Session:
         self.launcher: subprocess.Popen[str] = world.start(
             "--session-id", identity, *words, behaviour="mute", **options
         )
+        self._out: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         threading.Thread(target=self._watch, daemon=True).start()
         world.until(lambda: self.launcher.poll() is not None or "connecting" in self._path())
         (config,) = world.directory(identity).rglob("kenaz.env")
@@ -100,6 +103,10 @@ class Session:
         except (OSError, ValueError):
             return []
 
+    def _read(self) -> None:
+        assert self.launcher.stdout is not None
+        self._out.extend(self.launcher.stdout)
+
     def _watch(self) -> None:
         status = Path(f"/proc/{self.launcher.pid}/status")
         while self.launcher.returncode is None:
@@ -111,7 +118,9 @@ class Session:
 
     def ended(self) -> str:
         """The line that says how it went. Checks the bound."""
-        out, _ = self.launcher.communicate(timeout=90)
+        self.launcher.wait(timeout=90)
+        self._reader.join(10)
+        out = "".join(self._out)
         assert 10 * MIB < self.peak < BOUND, f"{self.peak / MIB:.0f} MiB"
         assert "nothing left behind" in out
         return "\n".join(line for line in out.splitlines() if line.startswith("failed: "))
@@ -136,7 +145,11 @@ def attacked(world: Any, harness: Any) -> Iterator[Callable[..., Session]]:
         for guest in session.guests:
             guest.close()
         session.launcher.kill()
-        session.launcher.communicate()
+        session.launcher.wait()
+        session._reader.join()
+        for pipe in (session.launcher.stdout, session.launcher.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 @contextmanager
