@@ -58,11 +58,11 @@ def own_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
-async def take(cache: Path, manifest: Path) -> None:
+async def take(cache: Path, manifest: Path, how: str = "imported") -> None:
     """Imports it into the store of `cache`."""
     source = AtManifest((manifest.as_uri(),), hashlib.sha256(manifest.read_bytes()).hexdigest())
     async with Fetcher(Store.at(cache), Patience(), lambda _: None) as fetcher:
-        _, held = await fetcher.image("", "", source, how="imported")
+        _, held = await fetcher.image("", "", source, how=how)
         held.close()
 
 
@@ -117,6 +117,14 @@ async def test_another_digest_than_that_which_is_here_is_missing(tmp_path: Path)
 def test_what_is_no_reference_is_told(tmp_path: Path, text: str) -> None:
     with pytest.raises(ImageError, match=r"is not the name of an image|cannot be fetched"):
         find_image(text, "x86_64", tmp_path)
+
+
+async def test_a_built_image_that_is_damaged_is_built_again_by_hand(tmp_path: Path) -> None:
+    await take(tmp_path, put(tmp_path / "there"), how="built")
+    find_image("demo", "x86_64", tmp_path).root.unlink()
+    with pytest.raises(ImageMissing, match="No such file") as caught:
+        find_image("demo", "x86_64", tmp_path)
+    assert caught.value.hint == "run `make image`"
 
 
 def test_a_url_needs_its_digest(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _named(store: Store, text: str, arch: str, named: Named, now: float, offline
     if source is not None and not _may_have(source, named):
         source = None
     how = "fetched"
-    if version is not None and damage is not None and version.by_hand and version.url.endswith(".json"):
+    if version is not None and damage is not None and _comes_again(version):
         # What came by hand from some place can be had there again, for its digest is known.
         source, how = AtManifest((version.url,), version.digest), version.how
     step = decide(
@@ -152,6 +152,12 @@ def _named(store: Store, text: str, arch: str, named: Named, now: float, offline
         named.digest,
         how,
     )
+
+
+def _comes_again(version: Version) -> bool:
+    """Whether it came by hand from a place that may still have it; where an image was built there is
+    nothing."""
+    return version.how in ("pulled", "imported") and version.url.endswith(".json")
 
 
 def _may_have(source: Source, named: Named) -> bool:
