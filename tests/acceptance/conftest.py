@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,8 @@ class Harness:
     def finish(self) -> None:
         """Ends it; raises what it failed with. Nobody need have dialled."""
         if not self.heard:
-            self._listener.shutdown(socket.SHUT_RDWR)
+            with socket.socket(socket.AF_UNIX) as nobody, suppress(OSError):
+                nobody.connect(self.address.removeprefix("unix:"))
         self._thread.join(BOUND)
         self._listener.close()
         if self.failure is not None:

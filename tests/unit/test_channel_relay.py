@@ -243,7 +243,7 @@ async def test_a_handshake_that_is_cancelled_closes_the_stream() -> None:
     assert await theirs.receive_some() == b""
 
 
-async def test_a_second_guest_is_turned_away() -> None:
+async def test_a_second_guest_is_turned_away(autojump_clock: trio.testing.MockClock) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     await refuse(ours)
     peer = Peer(theirs)

@@ -16,6 +16,7 @@ What it says meanwhile is held, and not acknowledged, so that its window bounds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -240,6 +241,9 @@ async def refuse(stream: trio.abc.Stream) -> None:
     connection.put(strict_json.dumps(answer))
     try:
         await connection.flush()
+        # A socket that is closed with a hello unread is reset, and what was written is lost with it.
+        with trio.move_on_after(LAST_WORD), suppress(FramingError):
+            await connection.fill()
     finally:
         await connection.aclose()
 
