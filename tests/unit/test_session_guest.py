@@ -31,6 +31,7 @@ LAYOUT = Layout(Path("/state/s1"), Path("/run/s1"), "s1-0123")
         ("vsock", "vsock:2:7882", ""),
         ("vhost-user-vsock", "vsock:2:7882", "/run/s1/vsock_7881"),
         ("unix", "unix:/run/s1/channel.sock", "/run/s1/channel.sock"),
+        ("tcp", "listen:7882", ""),
     ],
 )
 async def test_where_the_guest_finds_the_channel(
@@ -48,6 +49,18 @@ async def test_a_guest_is_told_of_the_port_that_was_taken(whole: Any) -> None:
         "3000000000",
         "vsock:2:3000000000",
     )
+
+
+async def test_a_guest_that_is_dialled_has_no_door_without_a_token(whole: Any) -> None:
+    prepared = await whole.prepare()
+    channel = replace(prepared.resolved.channel, dial="host")
+    dialled = replace(prepared, resolved=replace(prepared.resolved, channel=channel))
+    one, other = (guest_variables(dialled, LAYOUT, "token", port=7881) for _ in range(2))
+    assert one["HARNESS_VM_TOKEN"] == "token"
+    assert len(one["HARNESS_SERVE_TOKEN"]) == 43
+    assert one["HARNESS_SERVE_TOKEN"] != other["HARNESS_SERVE_TOKEN"]
+    with pytest.raises(AssertionError):
+        guest_variables(dialled, LAYOUT, "", port=7881)
 
 
 async def test_the_boot_parameters(whole: Any) -> None:

@@ -131,6 +131,31 @@ async def test_what_only_one_transport_lacks_is_told_to_who_asks_for_it(driver: 
     )
 
 
+DIALLED = (
+    "spec.network=nat",
+    "spec.channel={transport: tcp, framing: ndjson, dial: host}",
+)
+
+
+async def test_a_port_that_others_can_reach_is_a_note(driver: FakeDriver) -> None:
+    change(driver, transports=("virtio-serial", "tcp"))
+    assert (await prepared()).transport == "virtio-serial"
+    ready = await prepared(*DIALLED)
+    assert ready.transport == "tcp"
+    assert ready.notes[-1] == (
+        "transport tcp: every user of this host can reach the guest's port on 127.0.0.1; "
+        "only the session's token keeps them out"
+    )
+
+
+async def test_a_command_is_for_guests_that_dial(driver: FakeDriver) -> None:
+    change(driver, transports=("tcp",))
+    exec_ = ("spec.lifecycle=ephemeral-exec", "spec.workbench.args=[ls]")
+    with pytest.raises(InvalidFile) as caught:
+        await prepared(*DIALLED, *exec_)
+    assert [fault.message for fault in caught.value.faults] == ["a guest that is dialled runs no commands"]
+
+
 async def test_a_driver_that_is_not_usable_says_why(driver: FakeDriver) -> None:
     change(driver, usable=False, reasons=(Reason(True, "fine"), Reason(False, "no QEMU", "get it")))
     assert await refused() == ("the driver fake cannot run x86_64 guests here: no QEMU", "get it")
