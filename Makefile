@@ -3,6 +3,7 @@
 .NOTPARALLEL:
 
 SPEC = specs/sessions/hello.yaml
+SOAK_MINUTES = 30
 BIN = .venv/bin
 LAUNCHER = $(BIN)/kenaz-launcher
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -59,6 +60,9 @@ bench: host-test image .venv/ready-to-test ## measure what docs/performance.md p
 fuzz: .venv/ready-to-test ## tamper with frames for a long time (FUZZ=seconds, or a number of frames: 10000000f)
 	$(BIN)/python tests/property/test_channel_fuzz.py $${FUZZ:-600}
 
+soak: host-test image .venv/ready-to-test ## run sessions in one process over and over, all must stay flat (SOAK_MINUTES=30)
+	$(BIN)/python tests/soak.py --process 200 --qemu 20 --at-once 50 --minutes $(SOAK_MINUTES)
+
 lint: host-lint .venv/ready-to-test ## check style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,5 +111,5 @@ host-image-aarch64:
 	@$(PIP) --editable . --group test --group lint
 	@touch .venv/ready-to-run $@
 
-.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz lint format clean \
+.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz soak lint format clean \
 	which-image host-session host-test host-lint host-image-aarch64

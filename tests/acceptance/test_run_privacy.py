@@ -5,6 +5,8 @@ import secrets
 import stat
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,179 @@ def test_plan_and_its_json_show_no_value(world):
         assert "LITERAL" in done.stdout
         assert not any(canary in done.stdout for canary in canaries)
     json.loads(done.stdout)
+
+
+# --- all the while, and whatever the end --------------------------------------------------------------------
+
+
+class Lookout:
+    """Looks at the host from a session's first moment to its last, as anybody else on it could.
+
+    `seen` is what others may read: all command lines, and the names of files and sockets. `helpers` are the
+    environments of what the launcher has started; its own is its user's.
+    """
+
+    def __init__(self, world, token_of):
+        self.launcher = 0
+        self.seen, self.helpers, self.tokens = set(), set(), set()
+        self._world, self._token_of = world, token_of
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def finish(self):
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._over.wait(0.01):
+            self.look()
+
+    def look(self):
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, ValueError):
+                self.seen.add((process / "cmdline").read_bytes())
+                if self._is_ours(int(process.name)):
+                    self.helpers.add((process / "environ").read_bytes())
+        self.seen.add(Path("/proc/net/unix").read_bytes())
+        with suppress(OSError):
+            for root in (self._world.state, self._world.runtime):
+                self.seen.update(str(path).encode() for path in root.rglob("*"))
+        with suppress(OSError, ValueError, AssertionError):
+            [config] = self._world.directory("s1").glob("config*")
+            self.tokens.add(self._token_of(config))
+
+    def _is_ours(self, pid):
+        """A child of the launcher's, or of one of these."""
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if pid == self.launcher:
+                return True
+        return False
+
+
+class Talker:
+    """A harness that says secrets of every kind, and then ends the session in one way or another."""
+
+    def __init__(self, ending, look):
+        self._look = look
+        self.secrets = {
+            name: f"canary-{name}-{secrets.token_hex(8)}" for name in (*CONTENT, "garbage", "words")
+        }
+        self._ending = ending
+
+    def __call__(self, message):
+        match message["kind"]:
+            case "prompt" if "fs.read" in message["text"]:
+                self._look()
+                return self._end(message["id"])
+            case "prompt":
+                delta = {"kind": "prompt.delta", "id": message["id"], "text": self.secrets["delta"]}
+                return [delta, {"kind": "prompt.result", "id": message["id"], "text": self.secrets["answer"]}]
+            case "tool.invoke":
+                arguments = {"path": self.secrets["arguments"]}
+                return [
+                    {"kind": "tool.invoke", "id": "h1", "tool": "fs.list", "arguments": arguments},
+                    {"kind": "prompt", "id": "h2", "text": self.secrets["question"]},
+                    {"kind": "tool.result", "id": message["id"], "result": [self.secrets["result"]]},
+                ]
+            case _:
+                return []
+
+    def _end(self, identifier):
+        garbage, words = self.secrets["garbage"], self.secrets["words"]
+        match self._ending:
+            case "harness dies":
+                return None
+            case "no JSON":
+                text = f'{{"kind": "prompt", "{garbage}": {words}}}'.encode()
+                return [len(text).to_bytes(4) + text]
+            case "no such kind":
+                return [{"kind": "no.such.kind", "id": "h9", garbage: words}]
+            case "no such request":
+                return [{"kind": "tool.result", "id": "h9", garbage: words}]
+            case "refused":
+                error = {"kind": "prompt.error", "id": identifier, "code": "failed", "message": words}
+                return [error, {"kind": "end"}]
+        return [{"kind": "prompt.result", "id": identifier, "text": words}, {"kind": "end"}]
+
+
+TEXT, EVENTS = ("--debug",), ("--json", "--debug")
+LONG = pytest.mark.slow
+
+ENDINGS = [
+    ("process", "success", 0, EVENTS),
+    ("process", "no JSON", 1, TEXT),
+    ("process", "panic", 1, EVENTS),
+    pytest.param("process", "success", 0, TEXT, marks=LONG),
+    pytest.param("process", "no JSON", 1, EVENTS, marks=LONG),
+    pytest.param("process", "no such kind", 1, EVENTS, marks=LONG),
+    pytest.param("process", "no such request", 1, TEXT, marks=LONG),
+    pytest.param("process", "refused", 0, EVENTS, marks=LONG),
+    pytest.param("process", "harness dies", 0, EVENTS, marks=LONG),
+    pytest.param("process", "exit:3", 1, TEXT, marks=LONG),
+    pytest.param("qemu", "success", 0, EVENTS, marks=LONG),
+    pytest.param("qemu", "no JSON", 1, TEXT, marks=LONG),
+    pytest.param("qemu", "panic", 1, EVENTS, marks=LONG),
+]
+"""Who runs it, how it ends (`panic` and `exit:3` are the guest's ways), with what exit code, shown how."""
+
+
+def look_everywhere(world, told):
+    """All that a session leaves to be read, by where it is."""
+    places = {"stdout": told[0], "stderr": told[1]}
+    for path in world.directory("s1").iterdir():
+        places[path.name] = path.read_text(errors="replace")
+    shown = (["logs", "s1"], ["logs", "s1", "--json"], ["logs", "s1", "--console"], ["ps", "--all", "--json"])
+    for words in (*shown, ["replay", "s1", "--step"], ["graph", "--journal", "s1"], ["reap", "--json"]):
+        done = subprocess.run(
+            [world.command()[0], *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={name: value for name, value in world.environment.items() if name != "KENAZ_TEST_SECRET"},
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        places[" ".join(words)] = done.stdout + done.stderr
+    return places
+
+
+@pytest.mark.parametrize(("driver", "ending", "code", "form"), ENDINGS)
+def test_no_end_shows_content_while_the_session_lives_or_after(
+    world, harness, token_of, request, driver, ending, code, form
+):
+    if driver == "qemu":
+        request.getfixturevalue("qemu")
+    lookout = Lookout(world, token_of)
+    talker = Talker(ending, lookout.look)
+    far = harness(talker)
+    world.environment["KENAZ_TEST_SECRET"] = talker.secrets["given"]
+    text = SPEC.format(literal=talker.secrets["literal"])
+    if ending in ("panic", "exit:3"):
+        text = text.replace("demo]", f'demo, "{ending}"]')
+    spec = world.state.with_name("spec.yaml")
+    spec.write_text(text)
+    words = ("--session-id", "s1", "--harness", far.address, *form)
+    try:
+        running = world.start(*words, spec=str(spec), driver=driver)
+        lookout.launcher = running.pid
+        told = running.communicate(timeout=120)
+    finally:
+        lookout.finish()
+    assert running.returncode == code, told
+    # There was something to be seen, and somebody who saw it.
+    assert "GIVEN is set" in [message.get("text") for message in far.heard]
+    assert lookout.helpers
+    [token] = lookout.tokens
+    canaries = {**talker.secrets, "token": token}
+
+    def found(text):
+        return [name for name, value in canaries.items() if value in text]
+
+    places = {
+        "what others see": b"\n".join(lookout.seen).decode(errors="replace"),
+        "environments of helpers": b"\n".join(lookout.helpers).decode(errors="replace"),
+        **look_everywhere(world, told),
+    }
+    assert {place: names for place, text in places.items() if (names := found(text))} == {}

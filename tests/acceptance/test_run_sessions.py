@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,40 +124,3 @@ def test_a_reader_that_goes_does_not_take_the_session_with_it(world: Any) -> Non
         running.stdout.close()
         assert running.wait(BOUND) == 1
     assert world.records("s1")[-1]["kind"] == "end"
-
-
-FULL = """
-mount -t tmpfs -o size=64k tmpfs "$1" || exit 77
-shift
-dd if=/dev/zero of="$KENAZ_STATE_DIR/fill" bs=1k count="$1" 2>/dev/null
-shift
-"$@"; code=$?
-find "$KENAZ_STATE_DIR" \\( -type f -o -type s \\) ! -name fill
-exit $code
-"""
-
-
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts in a namespace of its own"
-)
-@pytest.mark.parametrize(
-    ("filled", "code", "says"),
-    [(64, 3, "cannot be made"), (44, 1, "its record is incomplete"), (52, 1, "No space left on device")],
-)
-def test_a_full_disk_ends_a_session_by_a_clear_line(world: Any, filled: int, code: int, says: str) -> None:
-    world.state.mkdir()
-    inner = [str(world.state), str(filled), *world.command()]
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", FULL, "sh", *inner],
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        env=world.environment,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    assert says in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    kept = {"journal.jsonl", "console.log", ".creating"}
-    files = [line for line in done.stdout.splitlines() if line.startswith(str(world.state))]
-    assert {Path(name).name for name in files} <= kept

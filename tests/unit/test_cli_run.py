@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,17 @@ def test_a_defect_is_one_line_and_a_traceback_where_asked_for(
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert err.endswith("internal error: ZeroDivisionError: by zero\n")
+
+
+def test_what_the_host_lacks_is_no_defect(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: Any) -> int:
+        raise ExceptionGroup("all at once", [OSError(errno.EMFILE, "Too many open files", "here"), OSError()])
+
+    monkeypatch.setattr("kenaz_engine.cli.version.run", broken)
+    assert main(["version"]) == 3
+    assert capsys.readouterr().err == (
+        "kenaz-launcher: here: Too many open files (raise the limit of open files: ulimit -n)\n"
+    )
 
 
 def test_an_interrupt_while_importing_is_quiet(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

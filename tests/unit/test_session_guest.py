@@ -31,7 +31,7 @@ LAYOUT = Layout(Path("/state/s1"), Path("/run/s1"), "s1-0123")
         ("vsock", "vsock:2:7882", ""),
         ("vhost-user-vsock", "vsock:2:7882", "/run/s1/vsock_7881"),
         ("unix", "unix:/run/s1/channel.sock", "/run/s1/channel.sock"),
-        ("tcp", "listen:7882", ""),
+        ("tcp", "listen:7881", ""),
     ],
 )
 async def test_where_the_guest_finds_the_channel(

@@ -15,10 +15,8 @@ from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.journal.writer import Journal
 from kenaz_engine.session import launch
 from kenaz_engine.session.control import ask
-from kenaz_engine.session.directory import DirectoryError
+from kenaz_engine.session.directory import ELSEWHERE, DirectoryError
 from kenaz_engine.session.ledger import AcquireTimeout
-
-ROOM = "see that there is room, and that you may write there"
 
 
 def nothing_is_left(whole: Any) -> bool:
@@ -91,7 +89,7 @@ async def test_a_full_disk_at_the_begin_is_one_line(
     with pytest.raises(DirectoryError) as caught:
         await whole.run(prepared)
     assert str(caught.value) == says.format(whole.directory)
-    assert caught.value.hint == ROOM
+    assert caught.value.hint == f"make room there, or {ELSEWHERE}"
     assert nothing_is_left(whole)
 
 
@@ -125,6 +123,7 @@ async def test_a_journal_that_fails_at_the_begin_is_one_line(
     with pytest.raises(DirectoryError) as caught:
         await whole.run(prepared)
     assert str(caught.value) == says.format(whole.directory) + lost
+    assert caught.value.hint == f"make room there, or {ELSEWHERE}"
     assert nothing_is_left(whole)
 
 
@@ -132,7 +131,7 @@ async def test_a_journal_that_fails_at_the_begin_is_one_line(
     ("error", "hint"),
     [
         (TransportError("out of descriptors", hint="close some"), "close some"),
-        (AcquireTimeout("making the control took longer than 30 s"), ROOM),
+        (AcquireTimeout("making the control took longer than 30 s"), ELSEWHERE),
     ],
 )
 async def test_a_control_socket_that_cannot_be_made_is_told(

@@ -701,7 +701,7 @@ class TestJournalFails:
 
         one = session(work=work)
         outcome = await one.run()
-        fault = "the journal could not be written: No space left on device"
+        fault = "the journal could not be written: No space left on device (make room there)"
         assert (outcome.internal, outcome.success) == (fault, False)
         assert one.released == ["vm"]
         assert [r["kind"] for r in one.journal.records] == ["entered", "intent", "acquired"]

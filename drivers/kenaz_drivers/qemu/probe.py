@@ -7,6 +7,7 @@ than TCG. The verdict is kept for this boot and this binary, because it costs up
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -288,10 +289,14 @@ class _Cache:
         content = self._content(facts)
         if content == self._before:
             return
-        try:
+        with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as file:
-                json.dump(content, file)
-            Path(file.name).replace(self._file)
-        except OSError:
-            return
+                new = Path(file.name)
+                try:
+                    json.dump(content, file)
+                    file.flush()
+                    new.replace(self._file)
+                except OSError:
+                    new.unlink()
+                    raise

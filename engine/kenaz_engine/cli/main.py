@@ -117,6 +117,15 @@ def _failed(exc: Exception, *, debug: bool) -> int:
     if hint is not None:
         complain(str(exc), hint)
         return ENVIRONMENT
+    first = exc
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    if isinstance(first, OSError):
+        from kenaz_engine.shortage import what_to_do
+
+        if mend := what_to_do(first):
+            complain(f"{first.filename or 'the system'}: {first.strerror}", mend)
+            return ENVIRONMENT
     complain(
         f"internal error: {type(exc).__name__}: {exc}",
         "" if debug else "this is a defect of kenaz-launcher; --debug shows where",

@@ -50,6 +50,7 @@ from kenaz_engine.session.resources import file_handle, made_directory, made_fil
 from kenaz_engine.session.runner import ActivityError, ActivityFunction, Work
 from kenaz_engine.session.seams import Connect, Show, unless_exiting
 from kenaz_engine.session.vocabulary import VOCABULARY
+from kenaz_engine.shortage import what_to_do
 
 if TYPE_CHECKING:
     from kenaz_engine.session.conversation import Conversation
@@ -439,15 +440,18 @@ def _explained(function: ActivityFunction) -> ActivityFunction:
         try:
             return await function(work)
         except DriverError as exc:
-            raise ActivityError(str(exc), hint=exc.hint, transient=exc.transient) from exc
+            hint = exc.hint or what_to_do(exc.__context__)
+            raise ActivityError(str(exc), hint=hint, transient=exc.transient) from exc
         except ImageError as exc:
-            raise ActivityError(str(exc), hint=exc.hint, transient=exc.transient) from exc
+            hint = exc.hint or what_to_do(exc.__context__)
+            raise ActivityError(str(exc), hint=hint, transient=exc.transient) from exc
         except TransportError as exc:
             raise ActivityError(str(exc), hint=exc.hint) from exc
         except (AcquireTimeout, RecordLost) as exc:
             raise ActivityError(str(exc)) from exc
         except OSError as exc:
-            raise ActivityError(f"{exc.filename or 'the system'}: {exc.strerror or exc}") from exc
+            what = f"{exc.filename or 'the system'}: {exc.strerror or exc}"
+            raise ActivityError(what, hint=what_to_do(exc)) from exc
 
     return explained
 

@@ -32,6 +32,7 @@ from kenaz_drivers._common.identity import is_alive as process_is_alive
 from kenaz_engine.channel.transports.unix import SUN_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.session.locks import Lock, is_locked, try_lock
+from kenaz_engine.shortage import what_to_do
 
 SOCKETS = ("control.sock", "channel.sock", "vhost", "vsock", "vsock_65535")
 """Names of the sockets that a session may have; the number is a port."""
@@ -39,6 +40,9 @@ SOCKETS = ("control.sock", "channel.sock", "vhost", "vsock", "vsock_65535")
 JOURNAL = "journal.jsonl"
 CONSOLE = "console.log"
 LOCK = "lock"
+
+ELSEWHERE = "set KENAZ_STATE_DIR to another directory"
+"""The mend for a state directory that cannot be used."""
 
 _OTHERS_BOUND = 5.0
 _TAIL = 1 << 16
@@ -158,11 +162,16 @@ async def create_directory(session: str) -> SessionDirectory:
                 path.rename(_aside(path))
             path.mkdir(mode=0o700)
             # Whoever looks whether it is held, holds it for that moment.
-            lock = await _wait_lock(path / LOCK)
+            try:
+                lock = await _wait_lock(path / LOCK)
+            except BaseException:
+                (path / LOCK).unlink(missing_ok=True)
+                path.rmdir()
+                raise
     except OSError as exc:
         raise DirectoryError(
             f"the state directory {home / session} cannot be made: {exc.strerror or exc}",
-            "make room or give access to it, or set KENAZ_STATE_DIR to another directory",
+            what_to_do(exc, ELSEWHERE),
         ) from exc
     return SessionDirectory(session, path, lock)
 

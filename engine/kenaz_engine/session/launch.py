@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from kenaz_engine.lifecycle.recorded import lifecycle_fields
 from kenaz_engine.session.activities import Activities
 from kenaz_engine.session.control import serve_control
 from kenaz_engine.session.directory import (
+    ELSEWHERE,
     DirectoryError,
     SessionDirectory,
     create_directory,
@@ -34,14 +36,16 @@ from kenaz_engine.session.directory import (
 from kenaz_engine.session.guest import Layout
 from kenaz_engine.session.ledger import AcquireTimeout, Ledger, Made
 from kenaz_engine.session.prepared import Prepared
-from kenaz_engine.session.recorder import Observer, Recorder, RecordLost
+from kenaz_engine.session.recorder import LOST, Observer, Recorder, RecordLost
+from kenaz_engine.session.reserve import Reserve
 from kenaz_engine.session.resources import BY_INTENT, made_directory, made_file
 from kenaz_engine.session.runner import Outcome, Runner
 from kenaz_engine.session.seams import Connect, Show, unwatched
 from kenaz_engine.session.vocabulary import VOCABULARY
+from kenaz_engine.shortage import what_to_do
 from kenaz_engine.spec.resolve import describe
 
-_ROOM = "see that there is room, and that you may write there"
+_RUNTIME_ELSEWHERE = "set XDG_RUNTIME_DIR to another directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +93,27 @@ class Session:
         """Runs to the end. Raises DirectoryError when the session could not even begin."""
         session = self._prepared.resolved.id
         sockets = socket_directory(state_home() / "sessions" / session)
-        directory = await create_directory(session)
-        try:
-            return await self._run_in(directory, Layout(directory.path, sockets, _mark(session)))
-        except DirectoryError:
-            directory.discard()
-            raise
-        finally:
-            directory.close()
+        with closing(_keep_reserve()) as reserve:
+            directory = await create_directory(session)
+            try:
+                layout = Layout(directory.path, sockets, _mark(session))
+                return await self._run_in(directory, layout, reserve)
+            except DirectoryError:
+                reserve.close()
+                directory.discard()
+                raise
+            finally:
+                directory.close()
 
-    async def _run_in(self, directory: SessionDirectory, layout: Layout) -> Result:
+    async def _run_in(self, directory: SessionDirectory, layout: Layout, reserve: Reserve) -> Result:
         journal = _open_journal(directory)
         try:
             recorder = Recorder(journal, self._observers)
             recorder.append("header", _header(self._prepared, layout))
-            if recorder.fault:
-                raise DirectoryError(f"{directory.path} cannot be made: {recorder.fault}", _ROOM)
-            ledger = Ledger(recorder, {**BY_INTENT, "machine": self._prepared.driver.release})
+            if recorder.cause:
+                raise _cannot_begin(f"{directory.path} cannot be made: {LOST}", recorder.cause)
+            by_intent = {**BY_INTENT, "machine": self._prepared.driver.release}
+            ledger = Ledger(recorder, by_intent, helps=reserve.helps)
             activities = Activities(
                 self._prepared, layout, recorder, self._connect, self._failed, self._show, self._watch
             )
@@ -142,6 +150,13 @@ def _mark(session: str) -> str:
     return f"{session}-{secrets.token_hex(8)}"
 
 
+def _keep_reserve() -> Reserve:
+    try:
+        return Reserve()
+    except OSError as exc:
+        raise _cannot_begin("a session cannot be begun", exc) from exc
+
+
 def _open_journal(directory: SessionDirectory) -> Journal:
     try:
         return open_journal(directory.journal)
@@ -167,12 +182,15 @@ async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
         return await ledger.acquire("control", "socket", {"path": str(layout.control)}, make_socket)
     except (OSError, TransportError, RecordLost, AcquireTimeout) as exc:
         await ledger.release_all(trio.current_time() + SWEEP)
-        raise _cannot_begin(f"the control socket {layout.control} cannot be made", exc) from exc
+        elsewhere = ELSEWHERE if layout.sockets == layout.directory else _RUNTIME_ELSEWHERE
+        raise _cannot_begin(f"the control socket {layout.control} cannot be made", exc, elsewhere) from exc
 
 
-def _cannot_begin(what: str, exc: Exception) -> DirectoryError:
+def _cannot_begin(what: str, exc: Exception, elsewhere: str = ELSEWHERE) -> DirectoryError:
+    if isinstance(exc, RecordLost) and isinstance(exc.__cause__, OSError):
+        what, exc = f"{what}: {LOST}", exc.__cause__
     why = exc.strerror if isinstance(exc, OSError) else str(exc)
-    return DirectoryError(f"{what}: {why or exc}", getattr(exc, "hint", "") or _ROOM)
+    return DirectoryError(f"{what}: {why or exc}", getattr(exc, "hint", "") or what_to_do(exc, elsewhere))
 
 
 def _header(prepared: Prepared, layout: Layout) -> dict[str, Any]:

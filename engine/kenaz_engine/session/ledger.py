@@ -76,13 +76,15 @@ class Ledger:
     """The open entries of one session, oldest first.
 
     `by_intent` releases an entry of each kind from its intent alone: for acts that failed half-way.
-    `by_handle` does so by the handle, for entries that another process made.
+    `by_handle` does so by the handle, for entries that another process made. `helps` is asked about an error
+    of a release: true when something was done about it, and the release is to be tried once more.
     """
 
     sink: Sink
     by_intent: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]]
     by_handle: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
+    helps: Callable[[OSError], bool] = lambda exc: False
     _last: int = 0
     _shields: list[trio.CancelScope] = field(default_factory=list)
 
@@ -190,7 +192,12 @@ class Ledger:
         entry.error = "was cut short"
         try:
             with trio.move_on_after(seconds) as scope:
-                await self._give_back(entry)
+                try:
+                    await self._give_back(entry)
+                except OSError as exc:
+                    if not self.helps(exc):
+                        raise
+                    await self._give_back(entry)
             entry.error = f"took longer than {seconds:.3g} s" if scope.cancelled_caught else ""
         except Exception as exc:
             entry.error = str(exc) or type(exc).__name__

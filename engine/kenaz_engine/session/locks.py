@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -24,6 +25,8 @@ else:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as exc:
+            raise OSError(exc.errno, f"locks (flock) do not work there: {exc.strerror}") from exc
         return True
 
 
@@ -35,11 +38,15 @@ class Lock:
         self._file = file
 
     def close(self, *, remove: bool = False) -> None:
-        """Gives the lock back; with `remove`, its file goes first, while the lock is held. Idempotent."""
+        """Gives the lock back; with `remove`, its file goes first, while the lock is held. Idempotent.
+
+        A file that cannot go says nothing wrong: `reap` finds nobody who holds it.
+        """
         if self._file < 0:
             return
         if remove:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink()
         os.close(self._file)
         self._file = -1
 

@@ -324,6 +324,8 @@ def _found(older_than: float, keep: int) -> tuple[list[Path], list[Path]]:
     ended = {path for path in paths if finished(path)}
     old = expired(((_touched(path), path) for path in ended), keep)
     dead = [path for path in paths if path not in ended and not directories.is_alive(path)]
+    if not older_than:
+        return dead, old  # also what was written in the future, for clocks are set back
     since = time.time() - older_than
     return [p for p in dead if _touched(p) <= since], [p for p in old if _touched(p) <= since]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 
 from kenaz_engine.channel.transports import Accepted, TransportError
+from kenaz_engine.shortage import what_to_do
 
 SUN_PATH = 108 if sys.platform == "linux" else 104
 """Bytes of `sockaddr_un.sun_path`, the closing NUL included (unix(7); <sys/un.h> on macOS)."""
@@ -86,7 +87,7 @@ def listen_unix(path: str | os.PathLike[str]) -> UnixListener:
             raise TransportError(
                 f"{place}: exists already", hint="another session uses it, or left it: remove it if none runs"
             ) from None
-        raise TransportError(f"{place}: cannot listen: {exc.strerror or exc}") from None
+        raise TransportError(f"{place}: cannot listen: {exc.strerror or exc}", hint=what_to_do(exc)) from None
     except BaseException:
         listening.close()
         raise
@@ -100,8 +101,7 @@ async def accept_socket(listening: trio.socket.SocketType) -> trio.socket.Socket
         except OSError as exc:
             if exc.errno == errno.ECONNABORTED:  # gone again before it was taken
                 continue
-            hint = "raise the limit of open files (ulimit -n)" if exc.errno == errno.EMFILE else ""
-            raise TransportError(f"cannot accept: {exc.strerror or exc}", hint=hint) from None
+            raise TransportError(f"cannot accept: {exc.strerror or exc}", hint=what_to_do(exc)) from None
         return accepted
 
 
