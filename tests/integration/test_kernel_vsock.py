@@ -154,7 +154,7 @@ def make_disk(image: Image, scratch: Path, run: str, *, machines: bool) -> Path:
     for source in (PYTHON, Path("/usr/lib/python3.11")):
         copy(source, root)
     packages = Path("usr/lib/python3/dist-packages")
-    for one in distributions("kenaz-launcher" if machines else "trio").values():
+    for one in distributions("kenaz-launcher").values():
         for file in one.files or ():
             if file.suffix in {".py", ".so", ".json", ".txt", ""} and ".." not in file.parts:
                 copy(Path(str(one.locate_file(file))), root, packages / file)
@@ -249,7 +249,7 @@ def test_a_session_with_a_machine_inside_the_machine(image: Image, tmp_path: Pat
         "status=$?; busybox cat /root/.local/state/kenaz/sessions/*/console.log; (exit $status)\n"
     )
     disk = make_disk(image, tmp_path, run, machines=True)
-    lines = boot(image, disk, 2048, 500)
+    lines = boot(image, disk, 2048, 600)
     assert "kenaz-host: status 0" in lines
     assert "intruder: heard b''" in lines
     records = [json.loads(line) for line in lines if line.startswith('{"seq"')]

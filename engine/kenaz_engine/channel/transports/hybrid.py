@@ -4,9 +4,9 @@ The guest's device belongs to one socket path of the host, `uds`. Who dials CID 
 `<uds>_PORT`; the host reaches a port of the guest through `uds` itself, where it asks for it by a line. So
 the path alone says which guest it is.
 
-Facts: what Firecracker says of its vsock; vhost-device-vsock 0.3.0, which was run. That one has traps:
-nothing is refused where nobody listens (the guest's connect times out after 2 s), so the launcher listens
-before the machine starts; what the guest half closes stays open; what follows the line `CONNECT` before its answer is
+Facts: Firecracker's own description; vhost-device-vsock 0.3.0, which was run. That one has traps: nothing is
+refused where nobody listens (the guest's connect times out after 2 s), so the launcher listens before the
+machine starts; what the guest half closes stays open; what follows the line `CONNECT` before its answer is
 lost, and the line has to come in one piece.
 """
 
