@@ -100,6 +100,16 @@ def test_sources_name_documents_that_exist() -> None:
     assert [document for document in sorted(named) if not (ROOT / document).is_file()] == []
 
 
+@pytest.mark.parametrize("name", ["nothing-left-behind", "security"])
+def test_what_a_document_claims_is_tested_somewhere(name: str) -> None:
+    tables = re.findall(r"(?:^\|.*\|\n)+", (ROOT / f"docs/explanation/{name}.md").read_text(), re.MULTILINE)
+    [table] = [table for table in tables if re.match(r".*(?:test|tested) \|\n", table)]
+    rows = [re.findall(r"`(tests/[^`]+)`", row) for row in table.splitlines()[2:]]
+    assert len(rows) >= 12
+    assert all(rows)
+    assert [path for row in rows for path in row if not list(ROOT.glob(path.rstrip("/")))] == []
+
+
 def test_the_index_of_the_documents_is_complete() -> None:
     index = ROOT / "docs/README.md"
     listed = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", index.read_text())}

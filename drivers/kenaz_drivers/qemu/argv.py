@@ -183,7 +183,7 @@ def _disk(disk: Disk, bus: str, *, boots: bool) -> list[str]:
     serial = _SERIALS[disk.role]
     drive = f"if=none,id={serial},format={disk.format},file={escape(disk.path)}"
     # A throw-away disk needs to survive nothing, so the host may keep what the guest flushes.
-    drive += ",readonly=on" if disk.readonly else ",cache=unsafe,discard=unmap"
+    drive += ",readonly=on" if disk.readonly else ",cache=unsafe,discard=unmap,werror=report"
     device = f"virtio-blk-{bus},drive={serial},serial={serial}"
     device += ",bootindex=0" if boots else ""
     return ["-drive", drive, "-device", device]
