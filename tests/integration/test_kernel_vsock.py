@@ -239,6 +239,7 @@ def test_a_session_with_a_machine_inside_the_machine(image: Image, tmp_path: Pat
         "spec.channel.transport=vsock",
         binary,
         "spec.image=/lib/kenaz-host/image/image.json",
+        "spec.timeouts.connecting=15m",  # two minutes where nothing else runs; a busy host takes eight
     ]
     sets = " ".join(f"--set {word}" for word in words)
     launcher = "python3.11 -c 'from kenaz_engine.cli.main import main; raise SystemExit(main())'"
@@ -249,7 +250,7 @@ def test_a_session_with_a_machine_inside_the_machine(image: Image, tmp_path: Pat
         "status=$?; busybox cat /root/.local/state/kenaz/sessions/*/console.log; (exit $status)\n"
     )
     disk = make_disk(image, tmp_path, run, machines=True)
-    lines = boot(image, disk, 2048, 600)
+    lines = boot(image, disk, 2048, 900)
     assert "kenaz-host: status 0" in lines
     assert "intruder: heard b''" in lines
     records = [json.loads(line) for line in lines if line.startswith('{"seq"')]
