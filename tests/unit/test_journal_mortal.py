@@ -9,9 +9,10 @@ import pytest
 
 from kenaz_engine.journal import mortal
 from kenaz_engine.journal.mortal import MortalJournal
+from kenaz_engine.journal.opening import open_journal, resume_journal
 from kenaz_engine.journal.reader import read_journal
 from kenaz_engine.journal.records import FORMAT, Damaged
-from kenaz_engine.journal.writer import KILL, Journal, open_journal, resume_journal
+from kenaz_engine.journal.writer import KILL, Journal
 
 
 class KilledHere(BaseException):

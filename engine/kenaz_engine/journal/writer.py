@@ -96,21 +96,3 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def open_journal(path: Path) -> Journal:
-    """A new journal, of the kind that a test may have asked for. Raises OSError."""
-    return _kind()(path)
-
-
-def resume_journal(path: Path) -> tuple[Journal, list[dict[str, Any]]]:
-    """As `Journal.resume`, of the kind that a test may have asked for."""
-    return _kind().resume(path)
-
-
-def _kind() -> type[Journal]:
-    if KILL not in os.environ:
-        return Journal
-    from kenaz_engine.journal.mortal import MortalJournal
-
-    return MortalJournal

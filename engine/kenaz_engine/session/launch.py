@@ -17,8 +17,9 @@ from kenaz_engine import __version__
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.images.transfer import Watch
+from kenaz_engine.journal.opening import open_journal
 from kenaz_engine.journal.records import FORMAT
-from kenaz_engine.journal.writer import Journal, open_journal
+from kenaz_engine.journal.writer import Journal
 from kenaz_engine.lifecycle.analysis.bound import SWEEP
 from kenaz_engine.lifecycle.machine import Event, Machine
 from kenaz_engine.lifecycle.recorded import lifecycle_fields

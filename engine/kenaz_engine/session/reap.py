@@ -24,9 +24,10 @@ from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import DriverError
 from kenaz_drivers.registry import load
 from kenaz_engine import __version__
+from kenaz_engine.journal.opening import resume_journal
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.journal.records import Damaged
-from kenaz_engine.journal.writer import Journal, resume_journal
+from kenaz_engine.journal.writer import Journal
 from kenaz_engine.session import directory as directories
 from kenaz_engine.session.directory import CONSOLE, JOURNAL, LOCK, DirectoryError, creating, finished
 from kenaz_engine.session.ledger import Entry, Ledger, Left, left_data, still_held
