@@ -62,7 +62,7 @@ def test_run_tells_a_program_what_was_reaped(world: Any) -> None:
     assert (first["kind"], second["kind"]) == ("reaped", "header")
     [session] = first["sessions"]
     assert (session["id"], session["status"], session["left"]) == ("s1", "reaped", [])
-    assert [one["resource"] for one in session["released"]] == ["vm", "socket", "config", "disk", "control"]
+    assert [one["resource"] for one in session["released"]] == ["vm", "config", "socket", "disk", "control"]
     assert done.returncode == 0
     assert (world.status("s1"), world.status("s1~1")) == ("ended", "ended")
 
@@ -95,12 +95,12 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(world: Any) -> None:
     die(world, "s1")
     before = {path: path.stat().st_mtime_ns for path in world.directory("s1").rglob("*")}
     done = world.call("reap", "--dry-run")
-    assert done.stdout == "s1: dead: would give back vm, socket, config, disk, control\n"
+    assert done.stdout == "s1: dead: would give back vm, config, socket, disk, control\n"
     assert {path: path.stat().st_mtime_ns for path in world.directory("s1").rglob("*")} == before
     assert world.reap("--older-than", "1h") == {"ok": True, "dryRun": False, "sessions": [], "removed": []}
     assert world.status("s1") == "dead"
     done = world.call("reap", "s1")
-    assert done.stdout == "s1: reaped: gave back vm, socket, config, disk, control\n"
+    assert done.stdout == "s1: reaped: gave back vm, config, socket, disk, control\n"
     assert world.call("reap", "s").stdout == "s1: has ended and left nothing\n"
     assert world.call("reap").stdout == "nothing to reap\n"
 
@@ -300,7 +300,7 @@ def test_kill_ends_a_launcher_that_answers_nothing_and_only_it(world: Any) -> No
         done = world.call("kill", "s1")
         assert done.stdout.splitlines() == [
             f"s1: process {launcher['pid']}, which held it, did not answer and was killed",
-            "s1: reaped: gave back vm, socket, config, disk, control",
+            "s1: reaped: gave back vm, config, socket, disk, control",
         ]
         assert (done.returncode, done.stderr) == (0, "")
         assert time.monotonic() - begun < 60
