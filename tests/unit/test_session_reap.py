@@ -324,7 +324,7 @@ def test_a_full_disk_does_not_stop_a_reaper(place: Place, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", full)
         result = at_once(path)
-    message = "the journal could not be written: No space left on device"
+    message = "the journal could not be written: No space left on device (make room there)"
     assert (result.status, result.message, disk.exists()) == ("left", message, False)
     assert at_once(path).status == "reaped"
 
