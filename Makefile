@@ -8,8 +8,10 @@ BIN = .venv/bin
 LAUNCHER = $(BIN)/kenaz-launcher
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/coverage run -m pytest
-# These start no machine and wait for nothing, so they share the cores.
-PURE = --numprocesses logical --dist worksteal tests/unit tests/property tests/journals specs/scenarios
+SHARING = --numprocesses logical --dist
+# The first start no machine and wait for nothing. Of the others those of one file share what they set up.
+PURE = $(SHARING) worksteal tests/unit tests/property tests/journals specs/scenarios
+REAL = $(SHARING) loadfile tests/integration tests/acceptance
 
 help: ## list the targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +45,7 @@ run-vm-aarch64: ## not yet: see what it says
 test: host-test lint image ## check and test everything but what is long; branch coverage must reach 90 %
 	@rm -f .coverage .coverage.*
 	$(PYTEST) $(PURE)
-	$(PYTEST) tests/integration tests/acceptance
+	$(PYTEST) $(REAL)
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90
 
@@ -52,7 +54,7 @@ test-quick: lint ## check, and run the unit and property tests: no machine, no i
 
 test-all: host-test .venv/ready-to-test ## only what `test` leaves out because it is long
 	$(BIN)/pytest --long $(PURE)
-	$(BIN)/pytest --long tests/integration tests/acceptance
+	$(BIN)/pytest --long $(REAL)
 
 bench: host-test image .venv/ready-to-test ## measure what docs/performance.md promises
 	$(BIN)/python tests/benchmarks
