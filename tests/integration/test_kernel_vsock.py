@@ -263,6 +263,8 @@ def test_a_session_with_a_machine_inside_the_machine(image: Image, tmp_path: Pat
     argv = next(r["intent"]["argv"] for r in records if r["kind"] == "intent" and r["resource"] == "vm")
     assert f"vhost-vsock-pci,guest-cid={cid},vhostfd=5" in argv
     said = [(r["direction"], r["message"]) for r in records if r["kind"] == "channel"]
-    assert ("in", "tool.invoke") in said
+    # What the guest tells besides depends on who is slow: the demo harness may end before it has spoken.
+    assert said[:2] == [("from-guest", "hello"), ("to-guest", "welcome")]
+    assert said[-1] == ("from-guest", "bye")
     end = records[-1]
     assert (end["kind"], end["success"], end["left"]) == ("end", True, [])
