@@ -25,6 +25,7 @@ import trio
 from kenaz_drivers._common.process import spawn
 from kenaz_drivers.contract import Disk, LaunchRequest, Machine
 from kenaz_drivers.qemu.driver import QemuDriver
+from kenaz_engine.channel.framing import MARK
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.relay import Expected, handshake
 from kenaz_engine.channel.transports.hybrid import guest_path
@@ -53,7 +54,7 @@ while True:
         break
     except OSError:
         time.sleep(0.05)
-os.write(fd, agent.MARK)  # on a port, what the agent left ends here
+os.write(fd, agent.MARK + b"!")
 block = bytes(65536)
 def read(size):
     while size:
@@ -70,15 +71,18 @@ while command := os.read(fd, 1):
     while command == b"w" and left:
         left -= os.write(fd, block[:left])
 """
-"""Says four bytes. `e` and 99 bytes: answers with 100; `r` or `w` and a size: takes, or gives, that much."""
+"""Says READY. `e` and 99 bytes: answers with 100; `r` or `w` and a size: takes, or gives, that much."""
 
 TAKE_OVER = """
 read -r _ _ _ agent _ </proc/$PPID/stat
 read -r _ _ _ supervisor _ </proc/$agent/stat
 busybox setsid python3.11 -c "$0" /usr/lib/kenaz "$1" &
-busybox sleep 1  # until it is out of reach: the agent takes all that is near with it
-kill -9 "$supervisor" "$agent"
+busybox setsid sh -c "busybox sleep 2; kill -9 $supervisor $agent" &
+busybox sleep 1  # until both are out of reach: the agent takes all that is near with it
+echo
 """
+
+READY = MARK + b"!"
 
 
 async def read(stream: trio.abc.ReceiveStream, size: int) -> None:
@@ -90,9 +94,19 @@ async def read(stream: trio.abc.ReceiveStream, size: int) -> None:
         size -= len(data)
 
 
+async def begins(stream: trio.abc.ReceiveStream, wanted: bytes) -> bool:
+    """Whether the stream begins so; what it begins with is taken."""
+    heard = b""
+    while len(heard) < len(wanted):
+        data = await stream.receive_some(len(wanted) - len(heard))
+        if not data:
+            return False
+        heard += data
+    return heard == wanted
+
+
 async def measure(stream: trio.abc.Stream) -> dict[str, float]:
     """Microseconds of a round trip of 100 bytes, and MB/s each way."""
-    await read(stream, 4)
     trips = []
     for _ in range(TRIPS):
         began = time.perf_counter()
@@ -191,11 +205,15 @@ async def through(transport: str) -> dict[str, float] | None:
             words = ["sh", "-c", TAKE_OVER, PEER, ADDRESSES[transport]]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.run)
-                with trio.move_on_after(5):  # on a port, nothing tells that its agent is gone
-                    await channel.execute(words, lambda stream, text: None)
+                await channel.execute(words, lambda stream, text: None)
                 nursery.cancel_scope.cancel()
             await channel.aclose()
-            return await measure((await listener.accept()).stream)
+            # The agent may come once more before it is ended.
+            stream = (await listener.accept()).stream
+            while not await begins(stream, READY):
+                await trio.aclose_forcefully(stream)
+                stream = (await listener.accept()).stream
+            return await measure(stream)
 
 
 async def locally() -> dict[str, float]:
@@ -206,6 +224,7 @@ async def locally() -> dict[str, float]:
         command = [sys.executable, "-c", PEER, str(agent), f"unix:{folder}/c"]
         with subprocess.Popen(command) as peer:
             stream = (await listener.accept()).stream
+            assert await begins(stream, READY)
             found = await measure(stream)
             await stream.aclose()
             await listener.aclose()
