@@ -50,7 +50,7 @@ BOUNDS = {
 
 
 PASSED_OVER = {"CancelScope", "CancelReason", "tuple"}
-"""Types of objects that are not counted: trio keeps deadlines that are no longer needed in a heap until they pass, or are a thousand."""
+"""Types that are not counted: trio keeps deadlines that nobody needs until they pass, or are a thousand."""
 
 
 def census() -> dict[str, int]:

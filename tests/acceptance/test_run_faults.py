@@ -436,7 +436,7 @@ def test_a_state_directory_without_locks_is_refused(world, mounts):
 LEAST = 5
 """Open files with which Python itself starts: its three, and two."""
 
-ENOUGH = {"process": 32, "qemu": 40}
+ENOUGH = {"process": 27, "qemu": 30}
 """Open files with which a session surely runs."""
 
 QUICK_LIMITS = [8, 10, 14, 16, 19]

@@ -8,6 +8,7 @@ on the calling thread, which must be the one that runs trio.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -145,7 +146,9 @@ def spawn(
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        raise DriverError(f"cannot start {argv[0]}: {error}") from error
+        none_left = isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}
+        mend = "raise the limit of open files: ulimit -n" if none_left else ""
+        raise DriverError(f"cannot start {argv[0]}: {error}", hint=mend) from error
     pidfd = None
     if sys.platform == "linux":
         try:
