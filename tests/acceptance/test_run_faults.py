@@ -243,6 +243,7 @@ def test_a_disk_that_fills_in_mid_session_ends_it_cleanly(world, harness, disk, 
     far = harness(Filler(small))
     running = world.start("--session-id", "s1", "--harness", far.address, driver=driver)
     out, err = running.communicate(timeout=120)
+    far.was_cut_off()
     done = Done([], running.returncode, out, err)
     line, mend = said(done)
     assert line.endswith("the journal could not be written: No space left on device")

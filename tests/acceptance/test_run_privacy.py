@@ -316,6 +316,7 @@ def test_no_end_shows_content_while_the_session_lives_or_after(
         told = running.communicate(timeout=120)
     finally:
         lookout.finish()
+    far.was_cut_off()
     assert running.returncode == code, told
     # There was something to be seen, and somebody who saw it.
     assert "GIVEN is set" in [message.get("text") for message in far.heard]
