@@ -440,7 +440,7 @@ LEAST = 5
 ENOUGH = {"process": 27, "qemu": 30}
 """Open files with which a session surely runs."""
 
-QUICK_LIMITS = [8, 10, 14, 16, 19]
+QUICK_LIMITS = [8, 12, *range(14, 18), 19]
 
 
 @pytest.mark.parametrize(
