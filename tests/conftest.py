@@ -39,9 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell ignores SIGINT for what it starts in the background, and what is ignored is so in children too.
+    # A shell ignores SIGINT for what it starts in the background, nohup SIGHUP; so would all children.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     settings.load_profile("long" if config.getoption("--long") else "short")
 
 

@@ -166,13 +166,18 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def short() -> Iterator[Path]:
+    """A directory for sockets, whose paths are short: pytest's own are longer where tests share the cores."""
+    with tempfile.TemporaryDirectory(prefix="kz-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def world(tmp_path: Path, short: Path) -> Iterator[World]:
     """Where sessions are run; after the test nothing may be left of them."""
-    # Short, for a socket's path is: pytest's own directories are longer where tests share the cores.
-    with tempfile.TemporaryDirectory(prefix="kz-") as runtime:
-        world = World(tmp_path, Path(runtime))
-        yield world
-        assert world.left() == []
+    world = World(tmp_path, short)
+    yield world
+    assert world.left() == []
 
 
 @pytest.fixture

@@ -44,14 +44,14 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_the_document_work(page: str, place: Path) -> None:
+def test_the_commands_of_the_document_work(page: str, place: Path, short: Path) -> None:
     script = "\n".join(["set -eux", *blocks(page, "sh")])
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(place),
         "XDG_CONFIG_HOME": str(place / "config"),
-        "XDG_RUNTIME_DIR": str(place),
+        "XDG_RUNTIME_DIR": str(short),
         "KENAZ_STATE_DIR": str(place / "state"),
         "KENAZ_CACHE_DIR": str(place / "cache"),
     }

@@ -470,8 +470,10 @@ class GuestChannel:
             await self._room("guest")
         try:
             payload = await connection.receive()
-            while payload is not None and self._ending is None:
+            while payload is not None:
                 self._take("guest", payload)
+                if self._ending is not None:
+                    return  # what comes next is for whoever follows
                 full = not self._protocol.resumable and not self._has_room
                 payload = None if full else connection.receive_nowait()
                 if payload is None:

@@ -117,7 +117,10 @@ def pull(arguments: argparse.Namespace) -> int:
 
 
 def _asked_for(text: str, sha256: str | None) -> Named | AtUrl:
-    reference = parse_reference(text)
+    try:
+        reference = parse_reference(text)
+    except ImageError as error:
+        raise CommandError(str(error), error.hint, USAGE) from None
     if isinstance(reference, InFile):
         raise CommandError(f"{text} is a file", f"kenaz-launcher image import {text}", USAGE)
     if sha256 is None:
