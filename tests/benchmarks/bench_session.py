@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import shlex
 import socket
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT
+from kenaz_engine.images.catalog import default_cache, find_image
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
 
 ROUNDS = int(os.environ.get("KENAZ_BENCH_ROUNDS", "7"))
@@ -50,7 +52,7 @@ def scripted(argv: list[str], folder: Path) -> dict[str, float]:
     old = Path(next(word for word in argv if "path=" in word).split("path=")[1]).parent
     words = [word.replace(str(old), str(folder)) for word in argv]
     root = next(word for word in words if "id=root," in word).split("file=")[1].split(",")[0]
-    base = Path(argv[argv.index("-kernel") + 1]).with_name("root.ext4")
+    base = find_image("demo", platform.machine(), default_cache()).root
     variables = {
         "KENAZ_SESSION_ID": "bench",
         "HARNESS_VM_TOKEN": "bench",
