@@ -233,7 +233,7 @@ def test_a_manifest_pulled_by_hand_has_its_own_name(capsys: Capture, home: Path)
         (["pull", "demo"], 1, "image demo for x86_64 is not on this machine (run `make image`)"),
         (["pull", "file:///nowhere/image.json"], 1, "/nowhere/image.json: No such file"),
         (["pull", "https://127.0.0.1/disk.raw"], 1, "is not fetched without its SHA-256"),
-        (["pull", "ftp://127.0.0.1/image.json"], 1, "cannot be fetched"),
+        (["pull", "ftp://127.0.0.1/image.json"], 2, "cannot be fetched"),
         (["pull", "demo", "--all"], 2, "name an image, or --all"),
         (["pull", "demo", "--sha256", "0" * 64], 2, "--sha256 goes with a URL"),
         (["pull", "https://127.0.0.1/image.json", "--sha256", "x"], 2, "is not a SHA-256 digest"),
