@@ -26,7 +26,7 @@ settings.register_profile(
     print_blob=True,
 )
 settings.register_profile(
-    "long", settings.get_profile("short"), derandomize=False, database=None, max_examples=300
+    "long", settings.get_profile("short"), derandomize=False, database=None, max_examples=100
 )
 
 
