@@ -19,7 +19,7 @@ from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.relay import Expected, GuestChannel, HandshakeError, Limits, Lost, handshake
 from kenaz_engine.channel.resume import Inbox, NotKept, Outbox, ack, read_ack
 
-LIMITS = Limits(frame=4000, queue=600, handshake=9e4, write=9e4, grace=9e4)
+LIMITS = Limits(frame=4000, queue=600, handshake=900, write=900, grace=900)
 EXPECTED = Expected(
     session="s",
     token="t",
@@ -147,7 +147,9 @@ class Peer:
             nonlocal reads
             while True:
                 data = bytes(await stream.receive_some(min(self._chunk, reads)))
-                reads -= len(data)
+                # A guest lost before it had its first welcome is a new one [Z4]: what was said to it is lost.
+                if self.conversation or not guest:
+                    reads -= len(data)
                 for payload in framing.feed(data):
                     yield payload
                 if not data or reads <= 0:
@@ -171,7 +173,6 @@ class Peer:
                     else:
                         if self.inbox.took(len(payload)):
                             urgent.append(ack(self.inbox.received))
-                        # A guest that was lost before it had its welcome is lost, and its harness told so.
                         self.heard += [n for n in [json.loads(payload).get("n")] if n is not None]
                     self._changed.unpark_all()
         except* (Cut, trio.BrokenResourceError):
@@ -240,7 +241,7 @@ async def relayed(guest: Peer, harness: Peer, count: int, sizes: list[int]) -> l
         nursery.start_soon(accept)
         nursery.start_soon(speak, guest)
         nursery.start_soon(speak, harness)
-        with trio.fail_after(1e5):
+        with trio.fail_after(1000):
             while len(guest.heard) < count or len(harness.heard) < count:
                 await trio.sleep(0.05)
         await trio.testing.wait_all_tasks_blocked()
@@ -251,7 +252,7 @@ async def relayed(guest: Peer, harness: Peer, count: int, sizes: list[int]) -> l
 CUTS = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 3000)), max_size=3)
 
 
-@settings(max_examples=25 if settings.default.max_examples < 100 else 300)
+@settings(max_examples=25 if settings.default.max_examples < 100 else 200)
 @given(
     guest_cuts=CUTS,
     harness_cuts=CUTS,
