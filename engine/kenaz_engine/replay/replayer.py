@@ -9,6 +9,7 @@ followed from a decision that was not taken, so nothing after it is compared.
 from __future__ import annotations
 
 import json
+import marshal
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -334,15 +335,15 @@ class Replayer:
         if not isinstance(due, Enter):
             return self._misplaced(record, _awaited(due))
         state = self._table.lifecycle.states[due.state]
-        expected: dict[str, Any] = {"state": due.state, "entry": due.entry, "activity": state.invoke}
+        expected = [due.state, due.entry, state.invoke]
+        got = [record.get("state"), record.get("entry"), record.get("activity")]
         if not self._other:
-            expected |= {"timeout": _rounded(state.timeout), "idle": _rounded(state.idle)}
-        got = {name: record.get(name) for name in expected}
-        if not self._other:
-            got |= {"timeout": _rounded(record["timeout"]), "idle": _rounded(record.get("idle"))}
+            expected += [_rounded(state.timeout), _rounded(state.idle)]
+            got += [_rounded(record["timeout"]), _rounded(record.get("idle"))]
         if got != expected:
             message = f"what history says of entering `{record['state']}` is not what the lifecycle says"
-            return self._parted(record, "state", message, _differences(got, expected))
+            sides = (dict(zip(_ENTERED, side, strict=False)) for side in (got, expected))
+            return self._parted(record, "state", message, _differences(*sides))
         self._due = None
         self._entered[due.entry] = state.invoke
         self._states.append(due.state)
@@ -568,6 +569,9 @@ class _Watch:
 _REAPERS = frozenset({"reap", "released", "note", "end"})
 """Kinds of records that a reaper writes."""
 
+_ENTERED = ("state", "entry", "activity", "timeout", "idle")
+"""The fields of an `entered` record, in the order in which they are compared."""
+
 _COMMON = 5
 """The fields that every record has."""
 
@@ -583,18 +587,22 @@ def _recorded(recording: Recording) -> Table:
         raise Damaged(1, "there is no header: the launcher died before it was written")
     parts = {"lifecycle": header.get("lifecycle"), "lines": header.get("lines")}
     try:
-        return _loaded(_Parts(repr(parts), parts))
+        return _loaded(_Parts(marshal.dumps(parts, _PLAIN), parts))
     except InvalidFile as invalid:
         fault = invalid.faults[0]
         message = f"the lifecycle in the header cannot be read: {fault.path}: {fault.message}"
         raise Damaged(1, message) from None
 
 
+_PLAIN = 2
+"""The newest version of `marshal` that writes equal data as equal bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The part of a header that makes a lifecycle; the text tells 1 from true, which the data do not."""
+    """The part of a header that makes a lifecycle; the bytes tell 1 from true, which the data do not."""
 
-    text: str
+    packed: bytes
     data: Mapping[str, Any] = field(compare=False)
 
 
