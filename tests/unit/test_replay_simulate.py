@@ -204,7 +204,7 @@ def test_the_order_of_tasks_does_not_show_in_a_journal(
     nominal = nominal_worlds(standard)[world]
     faults = Faults(standard, VOCABULARY)
     reached = Stage(standard).play(nominal, watched=True).reached
-    sample = [cue for point in reached for cue in faults.at(point, lasting=True)][::47]
+    sample = [cue for point in reached for cue in faults.at(point, lasting=True, pruned=True)][::47]
     for cue in sample:
         scenario = Scenario("one", standard, Script((*nominal.cues, cue), nominal.work))
         journals = set()

@@ -36,8 +36,8 @@ DELAY: Final = 0.03
 INTO: Final = 5.0
 """Seconds into the work of a goal at which a nominal world ends it."""
 
-BATCH: Final = 16
-"""Sessions that a process plays before it says how they went."""
+BATCH: Final = 48
+"""Sessions that a process plays side by side before it says how they went."""
 
 ORDERS: Final = ("both", "usual", "opposite")
 
@@ -219,8 +219,9 @@ class Faults:
                 if variant not in self._data.setdefault(event, []):
                     self._data[event].append(variant)
 
-    def at(self, reached: Reached, *, lasting: bool) -> Iterator[Cue]:
-        """Every fault that makes a difference there; with `lasting` also those that come each time."""
+    def at(self, reached: Reached, *, lasting: bool, pruned: bool) -> Iterator[Cue]:
+        """Every fault that makes a difference there; with `lasting` also those that come each time. With
+        `pruned` none of those that the point before has had, for they come to the same."""
         state, _, boundary = reached.point.partition("/")
 
         def cue(what: str, after: float = 0.0, data: _Data = ()) -> Cue:
@@ -233,14 +234,18 @@ class Faults:
                 yield Cue("error", reached.point, EVERY)
             elif state in self._cyclic:
                 yield from (Cue(what, reached.point, EVERY) for what in ("error", "hang", "end", "abort"))
+        beside = not (pruned and reached.again)
         if declared.final:
-            yield cue("cancel")
+            if beside:
+                yield cue("cancel")
             return
         if not boundary.startswith(("release", "cleanup")):
             yield from (cue("error", 0.0, data) for data in self._data.get("error", ()))
         if boundary == "serve":
             done = self._data.get("done", [])
             yield from (cue("done", 0.0, data) for data in (*done, *([()] if done else [])))
+        if not beside:
+            return
         yield from (cue(what) for what in ("abort-twice", "cancel", "defect"))
         happenings: list[tuple[str, list[_Data]]] = [("end", []), ("abort", [])]
         for name, resource in self._resources.items():
@@ -343,7 +348,7 @@ class _Explorer:
     def _next(self, ran: _Ran) -> Iterator[Cue]:
         for reached, key in ran.reached:
             if self._unseen([key]):
-                yield from self._faults.at(reached, lasting=ran.job.fault is None)
+                yield from self._faults.at(reached, lasting=ran.job.fault is None, pruned=self._pruned)
 
     def _note(self, world: str, ran: _Ran) -> None:
         self.runs[world] += 1

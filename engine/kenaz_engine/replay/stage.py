@@ -69,17 +69,23 @@ class Stage:
         return played
 
     def play_all(self, parts: Iterable[Part]) -> list[Played]:
-        """One session after the other, each from the beginning of time."""
-        clock = trio.testing.MockClock(autojump_threshold=0)
+        """Sessions that know nothing of each other, each from the beginning of time.
 
-        async def play() -> list[Played]:
-            played = []
-            for part in parts:
-                _rewind(clock)
-                played.append(await self._play(part))
-            return played
+        They are played side by side, for what trio does each time that it looks for who can run is most of
+        the cost of one. The clock only jumps where all of them wait, so none sees the others.
+        """
+        played: dict[int, Played] = {}
 
-        return trio.run(play, clock=clock)
+        async def play(number: int, part: Part) -> None:
+            played[number] = await self._play(part)
+
+        async def play_side_by_side() -> None:
+            async with trio.open_nursery() as nursery:
+                for number, part in enumerate(parts):
+                    nursery.start_soon(play, number, part)
+
+        trio.run(play_side_by_side, clock=trio.testing.MockClock(autojump_threshold=0))
+        return [played[number] for number in sorted(played)]
 
     async def _play(self, part: Part) -> Played:
         world = World(self.laws, self._machine, part.script, watched=part.watched, after=part.after)
@@ -89,10 +95,3 @@ class Stage:
         )
         breaches = self.laws.check(world.records, facts)
         return Played(world.records, outcome, breaches, world.ties, world.served, world.reached)
-
-
-def _rewind(clock: trio.testing.MockClock) -> None:
-    """Sets the clock back to 0, where no task has a deadline left. A trio for each session would cost a fifth
-    of its time, and a clock of our own cannot jump (trio's issue 1587)."""
-    clock._virtual_base = 0.0
-    assert clock.current_time() == 0.0

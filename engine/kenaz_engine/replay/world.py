@@ -60,12 +60,15 @@ class Endless(Exception):
 
 class Reached(NamedTuple):
     """A point that a session came to. `alive` are the resources that can raise events then, `key` is equal
-    for two moments from which everything goes the same way."""
+    for two moments from which everything goes the same way. `again` says that nothing was decided, and no
+    time has passed, since the point before: what happens beside the work then is decided at the same moment.
+    """
 
     point: str
     nth: int
     alive: frozenset[str]
     key: tuple[object, ...]
+    again: bool
 
 
 class World:
@@ -92,6 +95,7 @@ class World:
         self.things: dict[str, str] = {}
         self.hampered: set[int] = set()
         self.aborted = math.inf
+        self._cancelled = math.inf
         self.endless = ""
         self.served = False
         self._laws = laws
@@ -121,6 +125,7 @@ class World:
         self._entry, self._leaving = 1, False
         self._until = math.inf
         self._goal_passed = False
+        self._moment: tuple[object, ...] = ()
         recorder = Recorder(self)
         self.ledger = Ledger(recorder, dict.fromkeys(vocabulary.resources, self._unmake))
         table = {
@@ -165,6 +170,8 @@ class World:
         match kind:
             case "event":
                 self._events += 1
+                if fields.get("data", {}).get("by") == "cancel":
+                    self._cancelled = math.inf
                 if self.runner.inbox.ties > len(self.ties):
                     self.ties.append(self._key(fields["type"]))
                 if self._events > self._laws.most_events:
@@ -277,7 +284,9 @@ class World:
         here = point(state, boundary)
         nth = self._counts[here] = self._counts.get(here, 0) + 1
         if self._watched and self._after is None:
-            self.reached.append(Reached(here, nth, frozenset(self._alive), self._key(here)))
+            before, self._moment = self._moment, self._moment_now()
+            again = before == self._moment
+            self.reached.append(Reached(here, nth, frozenset(self._alive), self._key(here), again))
         for cue in (*self._cues.pop((here, nth), ()), *self._cues.get((here, EVERY), ())):
             if cue.what not in FAULTS:
                 self._schedule(cue)
@@ -336,7 +345,8 @@ class World:
                 if cue.what == "abort-twice":
                     self._schedule(Cue("abort", after=AGAIN))
             case "cancel":
-                self.aborted = min(self.aborted, trio.current_time())
+                self._cancelled = trio.current_time()
+                self.aborted = min(self.aborted, self._cancelled)
                 self._scope.cancel()
             case "defect":
                 self.runner.inbox.put(Event("internal.error", {"message": "a task failed", **data}))
@@ -361,6 +371,9 @@ class World:
         self.runner.inbox.put(Event(event, data, id=ledger_id))
 
     # --- what explore asks ----------------------------------------------------------------------------------
+
+    def _moment_now(self) -> tuple[object, ...]:
+        return trio.current_time(), self._events, self._scheduled, dict(self._alive)
 
     def _key(self, here: str) -> tuple[object, ...]:
         """All that what follows depends on, with times as they are from now."""
@@ -390,7 +403,10 @@ class World:
             *(
                 (round(now - s.at, 6), s.event.type, s.event.id in (None, *alive.values()))
                 for s in self.runner.inbox.waiting
+                # It is put when trio comes to it, which is no time at all after the cancel.
+                if s.event.data.get("by") != "cancel"
             ),
+            round(now - self._cancelled, 6),
             round(now - self._left, 6) if self._leaving else -1,
             round(now - self._entered, 6),
             round(now - self._began, 6),
