@@ -1,6 +1,6 @@
 """The driver `vfkit`: Virtualization.framework on macOS, by way of vfkit as a child process.
 
-Why another program, and this one, is in docs/decisions/0017-vfkit.md.
+Why another program, and this one, is in docs/decisions/0020-vfkit.md.
 """
 
 from __future__ import annotations
