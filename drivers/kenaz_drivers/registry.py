@@ -65,16 +65,26 @@ def auto_order(names: tuple[str, ...]) -> tuple[str, ...]:
     return (*preferred, *others, *(name for name in names if name == LAST_RESORT))
 
 
+def pick(found: Mapping[str, Capabilities]) -> str:
+    """The name of the driver that `auto` means, of those that were looked at: the first usable one that does
+    not emulate, else the first usable one; the last resort only where nothing else is usable. Empty where
+    nothing is."""
+    usable = [name for name in auto_order(tuple(found)) if found[name].usable]
+    isolating = [name for name in usable if name != LAST_RESORT]
+    direct = [name for name in isolating if found[name].accelerator != "tcg"]
+    return next(iter((*direct, *isolating, *usable)), "")
+
+
 async def choose(
     arch: str, options: Mapping[str, JsonObject]
 ) -> tuple[Driver, Capabilities, tuple[tuple[str, Capabilities], ...]]:
-    """The driver that `auto` means: the first usable one that does not emulate, else the first usable one.
+    """The driver that `auto` means (`pick`), looking no further than it needs to.
 
     `options` are the `driverOptions` by driver name. Also returns all that was looked at, in order, so that
     the choice can be explained. Raises DriverError, with all the mends, when nothing is usable.
     """
     considered: list[tuple[str, Capabilities]] = []
-    usable: list[tuple[Driver, Capabilities]] = []
+    usable: dict[str, tuple[Driver, Capabilities]] = {}
     entries = _entries()
     for name in auto_order(tuple(sorted(entries))):
         if name == LAST_RESORT and usable:
@@ -88,7 +98,7 @@ async def choose(
             continue
         considered.append((name, capabilities))
         if capabilities.usable:
-            usable.append((driver, capabilities))
+            usable[name] = driver, capabilities
             if capabilities.accelerator != "tcg":
                 break
     if not usable:
@@ -99,5 +109,4 @@ async def choose(
             if reason.mend and not reason.ok and not reason.transport
         ]
         raise DriverError(f"nothing here can run a guest for {arch}", hint="; ".join(mends))
-    driver, capabilities = next((pair for pair in usable if pair[1].accelerator != "tcg"), usable[0])
-    return driver, capabilities, tuple(considered)
+    return *usable[pick({name: seen for name, (_, seen) in usable.items()})], tuple(considered)

@@ -208,3 +208,21 @@ def test_the_wheel_holds_every_file_of_a_package(wheel: zipfile.ZipFile, package
     expected = {path.relative_to(ROOT / root).as_posix() for path in sources(f"{root}/{package}/*")}
     assert f"{package}/py.typed" in expected
     assert expected <= set(wheel.namelist())
+
+
+def test_the_table_of_platforms_claims_what_it_may() -> None:
+    """Each driver has its rows, each row one of three claims, and one of hardware its date and versions."""
+    import tomllib
+
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("## Platforms")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| `([a-z]+)` \| ([^|]+) \|$", table, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| (?!---)(?!host \|)", table, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {driver for _, driver, _ in rows} == set(project["entry-points"]["kenaz.drivers"])
+    claim = re.compile(
+        r"run in CI\b|checked by \S|run on hardware \(\d{4}-\d\d-\d\d, [^)]*\d+\.\d+[^)]*\)", re.ASCII
+    )
+    assert [row for row in rows if not claim.match(row[2])] == []
+    # Where no machine of ours runs, nobody can have seen one run.
+    assert all("run in CI" not in state for host, _, state in rows if re.search(r"macOS|Windows|KVM", host))

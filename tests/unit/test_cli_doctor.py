@@ -137,8 +137,10 @@ def test_doctor_as_json(drivers: dict[str, Capabilities], capsys: Capture, home:
             "reasons": [{"ok": False, "text": "it is not there", "mend": "install it"}],
         }
     ]
-    assert [part["name"] for part in data["host"]] == ["state", "cache", "sockets", "image"]
-    assert data["host"][3] == {
+    assert data["auto"] is None
+    names = ["state", "cache", "sockets", "store", "image", "files"]
+    assert [part["name"] for part in data["host"]] == names
+    assert data["host"][4] == {
         "name": "image",
         "ok": True,
         "text": "image demo:1.0 for x86_64 is here",
@@ -187,3 +189,47 @@ def test_doctor_measures_the_paths_of_sockets(
     found = dict(doctor.examine_host("x86_64"))["sockets"]
     assert found.ok is ok
     assert words in found.text
+
+
+def test_doctor_says_what_auto_would_be(drivers: dict[str, Capabilities], capsys: Capture) -> None:
+    drivers |= {"process": _capabilities(True, isolates=False), "qemu": _capabilities(False)}
+    assert main(["doctor"]) == 0
+    assert "\ndriver auto: process, the last resort, as nothing else is usable\n" in capsys.readouterr().out
+    drivers["qemu"] = _capabilities(True, accelerator="tcg")
+    assert main(["doctor"]) == 0
+    assert "\ndriver auto: qemu, for none runs guests without emulation\n" in capsys.readouterr().out
+    drivers["libvirt"] = _capabilities(True, accelerator="kvm")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auto"] == "libvirt"
+    assert main(["doctor", "--driver", "libvirt"]) == 0
+    assert "driver auto" not in capsys.readouterr().out
+
+
+def test_doctor_finds_what_the_store_lacks(
+    drivers: dict[str, Capabilities], capsys: Capture, home: Path
+) -> None:
+    assert dict(doctor.examine_host("x86_64"))["store"].text == "the image store has 0 images, 0.0 GiB"
+    assert main(["image", "import", str(put_image(home / "elsewhere"))]) == 0
+    assert dict(doctor.examine_host("x86_64"))["store"].ok
+    blobs = home / "cache/images/blobs/sha256"
+    (blobs / hashlib.sha256(PARTS["root"]).hexdigest()).unlink()
+    lacking = dict(doctor.examine_host("x86_64"))["store"]
+    assert (lacking.ok, lacking.mend) == (False, "run `kenaz-launcher image verify --all`")
+    assert "parts are missing of demo" in lacking.text
+    (home / "cache/images/VERSION").write_text("another\n")
+    refused = dict(doctor.examine_host("x86_64"))["store"]
+    assert not refused.ok
+    assert "cannot be used" in refused.text
+
+
+@pytest.mark.parametrize(
+    ("soft", "ok", "words"), [(64, False, "64 open"), (-1, True, "any number of open"), (1024, True, "1024")]
+)
+def test_doctor_knows_the_limit_of_open_files(
+    drivers: dict[str, Capabilities], monkeypatch: pytest.MonkeyPatch, soft: int, ok: bool, words: str
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
+    files = dict(doctor.examine_host("x86_64"))["files"]
+    assert files.ok is ok
+    assert files.text.startswith(words)

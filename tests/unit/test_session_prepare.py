@@ -162,13 +162,16 @@ async def test_a_driver_that_is_not_usable_says_why(driver: FakeDriver) -> None:
 
 
 async def test_auto_says_why_others_are_not_used(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Capabilities(False, (Reason(True, "fine"), Reason(False, "no libvirt")), "x86_64")
+    other = Capabilities(False, (Reason(True, "fine"), Reason(False, "no libvirt", "get it")), "x86_64")
+    foreign = Capabilities(False, (Reason(False, "runs on macOS only"),), "x86_64")
 
     async def choose(arch: str, options: Any) -> Any:
-        return driver, driver.capabilities, (("other", other), ("fake", driver.capabilities))
+        considered = (("foreign", foreign), ("other", other), ("fake", driver.capabilities))
+        return driver, driver.capabilities, considered
 
     monkeypatch.setattr(module, "choose", choose)
     assert (await prepared("spec.driver=auto")).notes[0] == "other is not used: no libvirt"
+    # what nobody can mend on this host is no note of a session
 
     async def none(arch: str, options: Any) -> Any:
         raise DriverError("no driver is usable", hint="get one")

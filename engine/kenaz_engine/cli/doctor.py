@@ -13,10 +13,11 @@ from typing import Any
 import trio
 
 from kenaz_drivers.contract import Capabilities, DriverError, Reason
-from kenaz_drivers.registry import NEVER_CHOSEN, driver_names, load
+from kenaz_drivers.registry import NEVER_CHOSEN, driver_names, load, pick
 from kenaz_engine.cli.failures import ENVIRONMENT, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.output import Paint, plain, print_json
 from kenaz_engine.images.catalog import ImageError, default_cache, find_image
+from kenaz_engine.images.store import Store
 from kenaz_engine.session.directory import DirectoryError, socket_directory, state_home
 from kenaz_engine.session.prepare import native_arch
 from kenaz_engine.spec.schema import suggestion
@@ -24,6 +25,9 @@ from kenaz_engine.spec.schema import suggestion
 DEMO_IMAGE = "demo"
 ROOM = 1 << 30
 """Bytes that should be free for images, and for what sessions write to their disks."""
+
+OPEN_FILES = 256
+"""Descriptors that a launcher should be allowed: a session takes some 30, a fetch and its clients as many."""
 
 LONGEST_ID = "x" * 63
 
@@ -47,10 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     host = list(examine_host(arch))
     real = {name for name in drivers if name not in NEVER_CHOSEN} or set(drivers)
     ok = any(drivers[name].usable for name in real)
+    # Of one driver alone nobody asks which one it would be.
+    auto = None if arguments.driver else pick(drivers)
     if arguments.json:
-        print_json(_data(arch, drivers, host, ok))
+        print_json(_data(arch, drivers, host, ok, auto))
     else:
-        sys.stdout.writelines(f"{line}\n" for line in _lines(arch, drivers, host, ok, Paint(sys.stdout)))
+        lines = _lines(arch, drivers, host, ok, auto, Paint(sys.stdout))
+        sys.stdout.writelines(f"{line}\n" for line in lines)
     return SUCCESS if ok else ENVIRONMENT
 
 
@@ -70,7 +77,9 @@ def examine_host(arch: str) -> Iterator[tuple[str, Reason]]:
     yield "state", directory_reason(state_home(), "set KENAZ_STATE_DIR to another directory")
     yield "cache", directory_reason(default_cache(), "set KENAZ_CACHE_DIR to another directory")
     yield "sockets", _socket_reason()
+    yield "store", _store_reason()
     yield "image", _image_reason(arch)
+    yield "files", _files_reason()
 
 
 def directory_reason(directory: Path, mend: str) -> Reason:
@@ -107,6 +116,39 @@ def _image_reason(arch: str) -> Reason:
     return Reason(True, f"image {image.name}:{image.tag} for {arch} is here")
 
 
+def _store_reason() -> Reason:
+    """Whether all that the store lists is there, in its size; only `image verify` reads it."""
+    try:
+        store = Store.at(default_cache())
+        kept = store.kept(lambda version: False)
+    except ImageError as error:
+        return Reason(False, f"the image store cannot be used: {error}", error.hint)
+    lacking = [image for image in kept if not all(store.has(*blob) for blob in image.blobs.items())]
+    held = sum({digest: size for image in kept for digest, size in image.blobs.items()}.values())
+    words = f"the image store has {len(kept)} images, {held / (1 << 30):.1f} GiB"
+    if lacking:
+        words += f"; parts are missing of {', '.join(sorted({image.name for image in lacking}))}"
+    return Reason(not lacking, words, "run `kenaz-launcher image verify --all`")
+
+
+if sys.platform == "win32":
+
+    def _files_reason() -> Reason:
+        return Reason(True, "this system sets no limit of open files that a session would meet")
+
+else:
+
+    def _files_reason() -> Reason:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        enough = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
+        allowed = "any number of" if soft == resource.RLIM_INFINITY else str(soft)
+        return Reason(
+            enough, f"{allowed} open files are allowed", f"raise the limit: ulimit -n {OPEN_FILES}, or more"
+        )
+
+
 def _mark(reason: Reason, paint: Paint) -> str:
     return paint("ok", "green") if reason.ok else paint("no", "red")
 
@@ -117,7 +159,12 @@ def _line(reason: Reason, paint: Paint) -> str:
 
 
 def _lines(
-    arch: str, drivers: dict[str, Capabilities], host: list[tuple[str, Reason]], ok: bool, paint: Paint
+    arch: str,
+    drivers: dict[str, Capabilities],
+    host: list[tuple[str, Reason]],
+    ok: bool,
+    auto: str | None,
+    paint: Paint,
 ) -> Iterator[str]:
     for name, capabilities in drivers.items():
         word = paint("usable", "green") if capabilities.usable else paint("not usable", "red")
@@ -127,18 +174,29 @@ def _lines(
         if not capabilities.isolates:
             yield paint("  isolates nothing", "yellow")
         yield from (f"  {_line(reason, paint)}" for reason in capabilities.reasons)
+    if auto:
+        yield paint("driver auto", "bold") + f": {auto}, {_why(drivers[auto])}"
     yield paint("host", "bold")
     yield from (f"  {_line(reason, paint)}" for _, reason in host)
     if not ok:
         yield paint("nothing here can run a session", "red")
 
 
+def _why(chosen: Capabilities) -> str:
+    if not chosen.isolates:
+        return "the last resort, as nothing else is usable"
+    if chosen.accelerator == "tcg":
+        return "for none runs guests without emulation"
+    return "the first that is usable"
+
+
 def _data(
-    arch: str, drivers: dict[str, Capabilities], host: list[tuple[str, Reason]], ok: bool
+    arch: str, drivers: dict[str, Capabilities], host: list[tuple[str, Reason]], ok: bool, auto: str | None
 ) -> dict[str, Any]:
     return {
         "ok": ok,
         "arch": arch,
+        "auto": auto or None,
         "drivers": [
             {
                 "name": name,

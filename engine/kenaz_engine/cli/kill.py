@@ -11,8 +11,8 @@ from typing import Any
 
 import trio
 
-from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import DriverError
+from kenaz_drivers.host import terminate
 from kenaz_engine.cli.end import ask_to, has_ended
 from kenaz_engine.cli.failures import FAILED, SUCCESS, CommandError, complain
 from kenaz_engine.cli.reap import failures, lines

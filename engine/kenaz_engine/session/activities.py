@@ -22,6 +22,7 @@ from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.channel.transports.vfkit import listen_vfkit
 from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial
 from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
@@ -72,6 +73,12 @@ ALARM_LENGTH = 200
 
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
+
+_LISTEN: Mapping[str, Callable[[str], UnixListener | SerialPort]] = {
+    "virtio-serial": listen_serial,
+    "vfkit": listen_vfkit,
+}
+"""How to listen at a path for the guest; a plain socket for all other transports."""
 
 
 class Activities:
@@ -277,9 +284,7 @@ class Activities:
         path = self._layout.listening(transport, wanted)
 
         async def make_socket() -> tuple[Made, None]:
-            listener: UnixListener | SerialPort
-            listener = listen_serial(path) if transport == "virtio-serial" else listen_unix(path)
-            self._listener = listener
+            self._listener = listener = _LISTEN.get(transport, listen_unix)(path)
             return Made(file_handle(Path(path)), listener.aclose), None
 
         await work.ledger.acquire("socket", "socket", {"path": path}, make_socket)

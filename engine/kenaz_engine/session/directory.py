@@ -28,7 +28,7 @@ from typing import Any
 
 import trio
 
-from kenaz_drivers._common.identity import is_alive as process_is_alive
+from kenaz_drivers.host import is_alive as process_is_alive
 from kenaz_engine.channel.transports.unix import SUN_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.session.locks import Lock, is_locked, try_lock

@@ -48,7 +48,7 @@ class Layout:
     def listening(self, transport: str, port: int) -> str:
         """The path of the socket on which the launcher listens for the guest; empty for AF_VSOCK."""
         match transport:
-            case "vsock" | "tcp":
+            case "vsock" | "tcp" | "hyperv":
                 return ""
             case "vhost-user-vsock":
                 return guest_path(self.vsock, port)
@@ -82,7 +82,7 @@ def guest_address(prepared: Prepared, layout: Layout, port: int) -> str:
             return f"listen:{prepared.resolved.channel.port}"
         case "virtio-serial":
             return f"virtio-serial:{VIRTIO_SERIAL_PORT}"
-        case "vsock" | "vhost-user-vsock":
+        case "vsock" | "vhost-user-vsock" | "vfkit" | "hyperv":
             return f"vsock:2:{port}"
         case _:
             return f"unix:{layout.channel}"

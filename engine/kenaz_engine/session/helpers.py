@@ -10,9 +10,8 @@ from pathlib import Path
 
 import trio
 
-from kenaz_drivers._common.output import Console, LogTail
-from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers.contract import MARK, DriverError, Helper
+from kenaz_drivers.host import ChildProcess, Console, LogTail, open_pipe, spawn
 from kenaz_engine.session.ledger import Made
 from kenaz_engine.session.runner import Work
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from kenaz_drivers._common.identity import identify
+from kenaz_drivers.host import identify
 from kenaz_engine import __version__
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kenaz_drivers._common.identity import is_alive
+from kenaz_drivers.host import is_alive
 from kenaz_engine.journal.reader import read_journal
 from kenaz_engine.journal.records import Damaged
 from kenaz_engine.session.ledger import Left

@@ -192,7 +192,8 @@ def _notes(
 ) -> list[str]:
     notes = []
     for name, other in considered:
-        if name != driver.name:
+        # Of a driver for another system there is nothing to be done: `plan` and `doctor` tell of it.
+        if name != driver.name and any(r.mend for r in other.reasons if not r.ok):
             why = "; ".join(r.text for r in other.reasons if not r.ok and not r.transport)
             notes.append(f"{name} is not used: {why}")
     notes += [reason.text for reason in capabilities.reasons if not reason.ok and not reason.transport]

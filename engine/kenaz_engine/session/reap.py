@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 import trio
 
-from kenaz_drivers._common.identity import identify, is_alive
-from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import DriverError
+from kenaz_drivers.host import identify, is_alive, terminate
 from kenaz_drivers.registry import load
 from kenaz_engine import __version__
 from kenaz_engine.journal.opening import resume_journal

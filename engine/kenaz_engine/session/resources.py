@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kenaz_drivers._common.terminate import terminate
+from kenaz_drivers.host import terminate
 from kenaz_engine.session.ledger import Made
 
 Intent = Mapping[str, Any]

@@ -1,0 +1,119 @@
+"""KVM as this host has it: whatever it does with guests, the probe tells in time, and leaves nothing running.
+
+There are hosts whose /dev/kvm opens, answers, makes machines, and then runs no guest, for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from kenaz_drivers.qemu import probe as module
+
+BOUND = 3.0
+"""Seconds in which a user has his answer, with QEMU asked about itself besides."""
+
+
+def _opens() -> bool:
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs qemu-system-x86_64"),
+    pytest.mark.only_where(_opens() and module.host_arch() == "x86_64"),
+]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache, empty; and a place for what is temporary, so that no process is anybody else's."""
+    monkeypatch.setenv("KENAZ_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / "cache/probe/qemu-x86_64.json"
+
+
+def running(mark: Path) -> list[str]:
+    """The processes that have that path in their command line: the probe's guest has its firmware there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(mark).encode() in words:
+            found.append(f"{process.name}: {words.decode(errors='replace')}")
+    return found
+
+
+async def test_the_verdict_comes_in_time_is_kept_for_this_boot_and_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = time.monotonic()
+    found = await module.probe("x86_64", {})
+    assert time.monotonic() - started < BOUND
+    assert found.usable
+    told = [reason for reason in found.reasons if "KVM" in reason.text]
+    assert len(told) == 1
+    # Either it has run a guest, or it is not what will be used, and the words say so.
+    assert (found.accelerator == "kvm") == told[0].ok
+    assert told[0].ok or ("does not run guests" in told[0].text and "using TCG" in told[0].text)
+    assert running(tmp_path) == []
+
+    ran: list[str] = []
+
+    async def run_guest(*words: object) -> module.Verdict:
+        ran.append(str(words[2]))
+        return module.Verdict(told[0].ok, "asked again", "")
+
+    monkeypatch.setattr(module, "run_guest", run_guest)
+    assert await module.probe("x86_64", {}) == found
+    assert ran == []
+    monkeypatch.setattr(module, "boot_id", lambda: "another")
+    await module.probe("x86_64", {})
+    assert ran == ["kvm"]
+
+
+async def test_a_guest_that_never_ends_is_not_waited_for_and_not_left(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    async def look() -> None:
+        while not seen:
+            seen.extend(running(tmp_path))
+            await trio.sleep(0.02)
+
+    # `jmp $` at the reset vector: the trap itself, on whatever runs guests here.
+    monkeypatch.setitem(
+        module.PROBE_GUESTS,
+        "x86_64",
+        replace(module.PROBE_GUESTS["x86_64"], firmware=bytes(0xFFF0) + b"\xeb\xfe" + bytes(14)),
+    )
+    started = time.monotonic()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        verdict = await module.run_guest(shutil.which("qemu-system-x86_64") or "", "x86_64", "tcg", "max")
+        nursery.cancel_scope.cancel()
+    assert seen  # there was something to leave
+    assert module.GUEST_DEADLINE <= time.monotonic() - started < BOUND
+    assert not verdict.works
+    assert "not done after 2 s" in verdict.text
+    assert running(tmp_path) == []
+
+
+async def test_a_probe_that_is_cancelled_leaves_nothing(cache: Path, tmp_path: Path) -> None:
+    for after in (0.05, 0.3, 0.6):
+        with trio.move_on_after(after):
+            await module.probe("x86_64", {})
+        assert running(tmp_path) == []
