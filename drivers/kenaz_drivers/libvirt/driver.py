@@ -42,6 +42,7 @@ from kenaz_drivers.libvirt.virsh import (
     environment,
     failure,
     parse_event,
+    parse_monitor,
 )
 
 MADE_DEADLINE = 30.0
@@ -69,6 +70,9 @@ class LibvirtMachine:
         self._events: list[Lifecycle] = []
         self._changed = trio.lowlevel.ParkingLot()
         self._made = False
+        self._shutdown = ""
+        self._resumed = self._deaf = False
+        self._closings = 0
         self._log = LogTail()
         self._log_ended = trio.Event()
         self._exit: Exit | None = None
@@ -83,11 +87,8 @@ class LibvirtMachine:
 
     async def follow(self, stream: trio.abc.ReceiveStream) -> None:
         """Hears what the owner tells of the domain, and ends it with the domain."""
-        rest = b""
-        async for data in Console(stream):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._hear(line.decode("utf-8", "replace").strip())
+        async for line in _lines(stream):
+            self._hear(line)
             self._changed.unpark_all()
             if self._stopped:
                 break
@@ -103,6 +104,39 @@ class LibvirtMachine:
     def _stopped(self) -> bool:
         return bool(self._events) and self._events[-1].event == "Stopped"
 
+    async def listen(self, environment: Mapping[str, str]) -> None:
+        """Hears what QEMU's monitor tells, which is more: why a guest ended, and when it closes the port.
+
+        libvirt keeps that open to look at, and promises nothing of it: a virsh that cannot is gone without.
+        """
+        with contextlib.suppress(DriverError):
+            await self._until(lambda: self._made)
+            output, output_end = open_pipe()
+            async with output:
+                try:
+                    command = f"qemu-monitor-event --domain {self._uuid} --loop"
+                    argv = [self._virsh, "-c", self._uri, "--quiet", command]
+                    child = spawn(argv, stdout=output_end, env=environment)
+                finally:
+                    os.close(output_end)
+                try:
+                    async for line in _lines(output):
+                        if (told := parse_monitor(line)) is not None:
+                            self._hear_monitor(*told)
+                finally:
+                    await child.end((signal.SIGTERM, TERM_GRACE))
+        self._deaf = True
+        self._changed.unpark_all()
+
+    def _hear_monitor(self, name: str, data: JsonObject) -> None:
+        if name == "RESUME":
+            self._resumed = True
+        elif name == "SHUTDOWN":
+            self._shutdown = str(data.get("reason", ""))
+        elif name == "VSERPORT_CHANGE" and data.get("open") is False:
+            self._closings += 1
+        self._changed.unpark_all()
+
     async def read_log(self, stream: trio.abc.ReceiveStream) -> None:
         """Keeps what virsh says on stderr flowing, and its last lines."""
         try:
@@ -117,7 +151,7 @@ class LibvirtMachine:
         with trio.move_on_after(DRAIN_GRACE):
             await self._log_ended.wait()
         if self._stopped:
-            self._exit = describe_exit(self._events)
+            self._exit = describe_exit(self._events, self._shutdown)
         else:
             log = "\n".join(self._log.lines())
             self._exit = Exit(False, str(failure("libvirt's connection ended", log)))
@@ -149,16 +183,22 @@ class LibvirtMachine:
         with trio.move_on_after(MADE_DEADLINE):
             await self._until(lambda: self._made)
             # An owner that listens hears of it; one that did not yet is given another event to hear.
-            while not any(event.event == "Resumed" for event in self._events):
+            while not self._heard:
                 await self._call("the domain does not start", f"resume {self._uuid}")
                 with trio.move_on_after(HEARD_DEADLINE):
-                    await self._until(lambda: any(event.event == "Resumed" for event in self._events))
+                    await self._until(lambda: self._heard)
                     return
                 await self._call("the domain does not start", f"suspend {self._uuid}")
             return
         raise DriverError(
             f"libvirt does not make the domain within {MADE_DEADLINE:g} s", log=self._log.lines()
         )
+
+    @property
+    def _heard(self) -> bool:
+        """Whether both that listen have told of a domain that runs."""
+        resumed = any(event.event == "Resumed" for event in self._events)
+        return resumed and (self._resumed or self._deaf)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         """Raises DriverError when the domain ends before."""
@@ -206,7 +246,11 @@ class LibvirtMachine:
                 yield data
 
     async def port_closed(self) -> None:
-        await trio.sleep_forever()
+        # QEMU tells of a port once a second at the most, and then of its last state only: what it told
+        # before is no longer sure.
+        before = self._closings
+        while self._closings == before:
+            await self._changed.park()
 
 
 class LibvirtDriver:
@@ -303,6 +347,7 @@ class LibvirtDriver:
             async with open_background() as background:
                 background.start_soon(lambda: machine.follow(output))
                 background.start_soon(lambda: machine.read_log(log))
+                background.start_soon(lambda: machine.listen({**environment(), **plan.environment}))
                 background.start_soon(machine.watch)
                 background.start_soon(machine.take_console)
                 try:
@@ -335,6 +380,15 @@ def _listen(path: Path) -> socket.socket:
         listening.close()
         raise DriverError(f"{path}: cannot listen: {error.strerror}") from error
     return listening
+
+
+async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[str]:
+    """What virsh prints, line by line, until it ends. No line of it is long."""
+    rest = b""
+    async for data in Console(stream):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace").strip()
 
 
 @contextlib.contextmanager

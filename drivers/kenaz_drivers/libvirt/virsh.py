@@ -6,13 +6,14 @@ change with the user's language.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kenaz_drivers._common.process import Captured, capture
-from kenaz_drivers.contract import DriverError, Exit
+from kenaz_drivers.contract import DriverError, Exit, JsonObject
 
 # What virsh and libvirt's clients read of the environment: where sockets, keys and configuration are.
 _VARIABLES = (
@@ -35,6 +36,8 @@ DESTROY_DEADLINE = 25.0
 """Seconds for the end of a domain: libvirt itself waits up to 15 for a QEMU that does not go."""
 
 _EVENT = re.compile(r"event 'lifecycle' for domain '[^']*': (\S+)(?: (.*))?$")
+
+_MONITOR = re.compile(r"event (\S+) at \S+ for domain '[^']*': (.*)$")
 
 # What libvirt says, and what its user can do.
 _HINTS = (
@@ -65,11 +68,24 @@ def parse_event(line: str) -> Lifecycle | None:
     return Lifecycle(found[1], found[2] or "") if found else None
 
 
-def describe_exit(events: Iterable[Lifecycle]) -> Exit:
-    """How a domain ended, from the events of its life, the last of which is its end."""
+def parse_monitor(line: str) -> tuple[str, JsonObject] | None:
+    """The event of QEMU's monitor, and its data, that a line of `virsh qemu-monitor-event` tells of."""
+    found = _MONITOR.search(line)
+    try:
+        data = json.loads(found[2]) if found else None
+    except ValueError:
+        data = None
+    return (found[1], data if isinstance(data, dict) else {}) if found else None
+
+
+def describe_exit(events: Iterable[Lifecycle], shutdown: str = "") -> Exit:
+    """How a domain ended, from the events of its life, the last of which is its end. `shutdown` is the reason
+    that QEMU gave, where it was heard: libvirt tells no power-off from a reboot."""
     seen = list(events)
     last = seen[-1] if seen else Lifecycle("", "")
-    if any(one.event == "Crashed" for one in seen):
+    if shutdown == "guest-reset":
+        return Exit(False, "the guest asked for a reboot")
+    if shutdown == "guest-panic" or any(one.event == "Crashed" for one in seen):
         return Exit(False, "the guest's kernel panicked")
     if Lifecycle("Shutdown", "Finished after guest request") in seen and last.detail == "Shutdown":
         return Exit(True, "the guest powered off")
