@@ -95,8 +95,10 @@ def build(request: LaunchRequest, facts: Facts) -> str:
     _boot(domain, request)
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     ET.SubElement(domain, "cpu", mode=_CPUS[accelerator])
-    for what in ("on_poweroff", "on_reboot", "on_crash"):
-        _text(domain, what, "destroy")
+    _text(domain, "on_poweroff", "destroy")
+    # Were it `destroy`, libvirt would tell a reboot from a power-off no more: so the driver ends it.
+    _text(domain, "on_reboot", "restart")
+    _text(domain, "on_crash", "destroy")
     devices = ET.SubElement(domain, "devices")
     for index, disk in enumerate(request.disks):
         _disk(devices, disk, f"vd{'abcdefgh'[index]}", boots=disk.role == "root" and not request.kernel)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -70,8 +71,7 @@ class LibvirtMachine:
         self._events: list[Lifecycle] = []
         self._changed = trio.lowlevel.ParkingLot()
         self._made = False
-        self._shutdown = ""
-        self._resumed = self._deaf = False
+        self._rebooted = trio.Event()
         self._closings = 0
         self._log = LogTail()
         self._log_ended = trio.Event()
@@ -87,7 +87,7 @@ class LibvirtMachine:
 
     async def follow(self, stream: trio.abc.ReceiveStream) -> None:
         """Hears what the owner tells of the domain, and ends it with the domain."""
-        async for line in _lines(stream):
+        async for line in _Lines(stream):
             self._hear(line)
             self._changed.unpark_all()
             if self._stopped:
@@ -99,15 +99,17 @@ class LibvirtMachine:
             self._made = True
         elif (event := parse_event(line)) is not None:
             self._events.append(event)
+            if event.event == "Reboot":
+                self._rebooted.set()
 
     @property
     def _stopped(self) -> bool:
         return bool(self._events) and self._events[-1].event == "Stopped"
 
     async def listen(self, environment: Mapping[str, str]) -> None:
-        """Hears what QEMU's monitor tells, which is more: why a guest ended, and when it closes the port.
+        """Hears from QEMU's monitor when the guest closes the channel's port, of which libvirt tells nothing.
 
-        libvirt keeps that open to look at, and promises nothing of it: a virsh that cannot is gone without.
+        It lets one look there, and promises nothing of it: where it cannot be had, it is gone without.
         """
         with contextlib.suppress(DriverError):
             await self._until(lambda: self._made)
@@ -120,22 +122,18 @@ class LibvirtMachine:
                 finally:
                     os.close(output_end)
                 try:
-                    async for line in _lines(output):
+                    async for line in _Lines(output):
                         if (told := parse_monitor(line)) is not None:
-                            self._hear_monitor(*told)
+                            self._closings += told[0] == "VSERPORT_CHANGE" and told[1].get("open") is False
+                            self._changed.unpark_all()
                 finally:
                     await child.end((signal.SIGTERM, TERM_GRACE))
-        self._deaf = True
-        self._changed.unpark_all()
 
-    def _hear_monitor(self, name: str, data: JsonObject) -> None:
-        if name == "RESUME":
-            self._resumed = True
-        elif name == "SHUTDOWN":
-            self._shutdown = str(data.get("reason", ""))
-        elif name == "VSERPORT_CHANGE" and data.get("open") is False:
-            self._closings += 1
-        self._changed.unpark_all()
+    async def end_with_reboot(self) -> None:
+        """A throw-away machine does not start anew."""
+        await self._rebooted.wait()
+        with contextlib.suppress(DriverError):
+            await destroy(self._virsh, self._uri, self._uuid)
 
     async def read_log(self, stream: trio.abc.ReceiveStream) -> None:
         """Keeps what virsh says on stderr flowing, and its last lines."""
@@ -151,7 +149,7 @@ class LibvirtMachine:
         with trio.move_on_after(DRAIN_GRACE):
             await self._log_ended.wait()
         if self._stopped:
-            self._exit = describe_exit(self._events, self._shutdown)
+            self._exit = describe_exit(self._events)
         else:
             log = "\n".join(self._log.lines())
             self._exit = Exit(False, str(failure("libvirt's connection ended", log)))
@@ -165,9 +163,9 @@ class LibvirtMachine:
     async def take_console(self) -> None:
         """Lets QEMU connect the console, once."""
         try:
-            with self._listening:
+            with self._listening, contextlib.suppress(trio.ClosedResourceError):
                 connected, _ = await self._listening.accept()
-            self._stream = trio.SocketStream(connected)
+                self._stream = trio.SocketStream(connected)
         finally:
             self._console.set()
 
@@ -196,9 +194,8 @@ class LibvirtMachine:
 
     @property
     def _heard(self) -> bool:
-        """Whether both that listen have told of a domain that runs."""
-        resumed = any(event.event == "Resumed" for event in self._events)
-        return resumed and (self._resumed or self._deaf)
+        """Whether the owner has told of a domain that runs, or that has run."""
+        return any(event.event == "Resumed" for event in self._events)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         """Raises DriverError when the domain ends before."""
@@ -296,7 +293,7 @@ class LibvirtDriver:
         uuid = uuid_of(mark)
         owner = (
             "create --file /dev/stdin --validate --paused --autodestroy; "
-            f"domname {uuid}; event --domain {uuid} --event lifecycle --loop"
+            f"domname {uuid}; event --domain {uuid} --all --loop"
         )
         fallback = str(capabilities.data.get("fallback", ""))
         nat = (
@@ -348,6 +345,7 @@ class LibvirtDriver:
                 background.start_soon(lambda: machine.follow(output))
                 background.start_soon(lambda: machine.read_log(log))
                 background.start_soon(lambda: machine.listen({**environment(), **plan.environment}))
+                background.start_soon(machine.end_with_reboot)
                 background.start_soon(machine.watch)
                 background.start_soon(machine.take_console)
                 try:
@@ -382,13 +380,22 @@ def _listen(path: Path) -> socket.socket:
     return listening
 
 
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[str]:
+class _Lines:
     """What virsh prints, line by line, until it ends. No line of it is long."""
-    rest = b""
-    async for data in Console(stream):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line.decode("utf-8", "replace").strip()
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._chunks = Console(stream)
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
+
+    def __aiter__(self) -> _Lines:
+        return self
+
+    async def __anext__(self) -> str:
+        while not self._lines:
+            *lines, self._rest = (self._rest + await anext(self._chunks)).split(b"\n")
+            self._lines.extend(lines)
+        return self._lines.popleft().decode("utf-8", "replace").strip()
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ CALL_DEADLINE = 20.0
 DESTROY_DEADLINE = 25.0
 """Seconds for the end of a domain: libvirt itself waits up to 15 for a QEMU that does not go."""
 
-_EVENT = re.compile(r"event 'lifecycle' for domain '[^']*': (\S+)(?: (.*))?$")
+_EVENT = re.compile(r"event '(lifecycle|reboot)' for domain '[^']*'(?:: (\S+)(?: (.*))?)?$")
 
 _MONITOR = re.compile(r"event (\S+) at \S+ for domain '[^']*': (.*)$")
 
@@ -56,16 +56,18 @@ _HINTS = (
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """One lifecycle event of a domain, in virsh's words: `Stopped` and `Shutdown`."""
+    """One event of a domain's life, in virsh's words: `Stopped` and `Shutdown`; or `Reboot`."""
 
     event: str
     detail: str
 
 
 def parse_event(line: str) -> Lifecycle | None:
-    """The lifecycle event that a line of `virsh event` tells of; None for other lines."""
+    """What a line of `virsh event` tells of the domain's life; None for other lines."""
     found = _EVENT.search(line)
-    return Lifecycle(found[1], found[2] or "") if found else None
+    if found is None:
+        return None
+    return Lifecycle("Reboot", "") if found[1] == "reboot" else Lifecycle(found[2] or "", found[3] or "")
 
 
 def parse_monitor(line: str) -> tuple[str, JsonObject] | None:
@@ -78,15 +80,14 @@ def parse_monitor(line: str) -> tuple[str, JsonObject] | None:
     return (found[1], data if isinstance(data, dict) else {}) if found else None
 
 
-def describe_exit(events: Iterable[Lifecycle], shutdown: str = "") -> Exit:
-    """How a domain ended, from the events of its life, the last of which is its end. `shutdown` is the reason
-    that QEMU gave, where it was heard: libvirt tells no power-off from a reboot."""
+def describe_exit(events: Iterable[Lifecycle]) -> Exit:
+    """How a domain ended, from the events of its life, the last of which is its end."""
     seen = list(events)
     last = seen[-1] if seen else Lifecycle("", "")
-    if shutdown == "guest-reset":
-        return Exit(False, "the guest asked for a reboot")
-    if shutdown == "guest-panic" or any(one.event == "Crashed" for one in seen):
+    if any(one.event == "Crashed" for one in seen):
         return Exit(False, "the guest's kernel panicked")
+    if any(one.event == "Reboot" for one in seen):
+        return Exit(False, "the guest asked for a reboot")
     if Lifecycle("Shutdown", "Finished after guest request") in seen and last.detail == "Shutdown":
         return Exit(True, "the guest powered off")
     words = {
