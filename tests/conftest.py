@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Generator
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -83,3 +90,55 @@ def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     report.outcome = "failed"
     report.longrepr = f"{reason}: with KENAZ_REQUIRE_ALL=1 nothing may be skipped"
+
+
+@dataclass(frozen=True)
+class Libvirtd:
+    """A libvirtd of the tests' own; see libvirt_daemon.py. `kind` is `session` or `system`."""
+
+    kind: str
+    pid: int
+    socket: Path
+    port: int
+
+    @property
+    def uri(self) -> str:
+        """Where it is found from outside of the namespaces that it may be in."""
+        return f"qemu+unix:///{self.kind}?socket={self.socket}"
+
+    def domains(self) -> list[str]:
+        """The UUIDs of all the domains that it knows."""
+        command = ["virsh", "-c", self.uri, "-q", "list", "--all", "--uuid"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+@contextmanager
+def _libvirtd(kind: str) -> Iterator[Libvirtd]:
+    if not all(map(shutil.which, ("virsh", "libvirtd", "qemu-system-x86_64", "unshare"))):
+        pytest.skip("needs libvirtd, virsh and QEMU (Debian: libvirt-daemon-system, libvirt-clients)")
+    with tempfile.TemporaryDirectory(prefix="lv-") as directory:
+        command = [sys.executable, str(Path(__file__).with_name("libvirt_daemon.py")), directory, kind]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdin is not None
+            assert running.stdout is not None
+            said = running.stdout.readline().split()
+            assert said[:1] == ["ready"], "libvirtd does not start"
+            daemon = Libvirtd(kind, int(said[1]), Path(said[2]), int(said[3]))
+            yield daemon
+            assert daemon.domains() == []
+            running.stdin.close()
+            running.wait(30)
+
+
+@pytest.fixture(scope="session")
+def libvirtd() -> Iterator[Libvirtd]:
+    """The libvirtd of a user. In the end no domain may be left."""
+    with _libvirtd("session") as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def system_libvirtd() -> Iterator[Libvirtd]:
+    """The libvirtd of a system, as it were."""
+    with _libvirtd("system") as daemon:
+        yield daemon

@@ -144,8 +144,9 @@ class LaunchPlan:
 
     `argv` is the command to the letter; descriptors that it names are passed under those numbers, and
     `descriptors` maps each such number to its purpose (`qmp`, `console`, `vhost-vsock`). `helpers` run before
-    it is carried out, in their order. `notes` are for the user: every fall-back and every risk. `data` is
-    plain JSON that the driver's own `launch` needs besides.
+    it is carried out, in their order. `stdin` is what the command reads there. `notes` are for the user:
+    every fall-back and every risk. `data` is plain JSON that the driver's own `launch` needs besides, and
+    `trace` what `Driver.release` needs besides the mark, to find what came of a launch whose end nobody saw.
     """
 
     driver: str
@@ -153,8 +154,10 @@ class LaunchPlan:
     environment: Mapping[str, str] = field(default_factory=dict)
     descriptors: Mapping[int, str] = field(default_factory=dict)
     helpers: tuple[Helper, ...] = ()
+    stdin: str = ""
     notes: tuple[str, ...] = ()
     data: JsonObject = field(default_factory=dict)
+    trace: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,6 @@ class Driver(Protocol):
     async def release(self, handle: JsonObject) -> None:
         """Ends the machine of that handle, with all that came of it, if any of it still exists.
 
-        Idempotent; never touches what is not ours. `{"mark": ...}` is the handle of a launch whose end nobody
-        saw. Raises DriverError when something is still there.
+        Idempotent; never touches what is not ours. `{"mark": ...}`, with the plan's `trace`, is the handle
+        of a launch whose end nobody saw. Raises DriverError when something is still there.
         """

@@ -166,16 +166,23 @@ class Captured:
     text: str
 
 
-async def capture(argv: Sequence[str], *, deadline: float, limit: int = 1 << 20) -> Captured:
+async def capture(
+    argv: Sequence[str],
+    *,
+    deadline: float,
+    limit: int = 1 << 20,
+    environment: Mapping[str, str] | None = None,
+) -> Captured:
     """Runs a program for at most `deadline` seconds and keeps the first `limit` bytes of what it prints.
 
-    Whatever happens, cancellation included, no process is left. Raises DriverError like `spawn`.
+    `environment` is all that it gets of one; unless given, no more than a neutral language. Whatever happens,
+    cancellation included, no process is left. Raises DriverError like `spawn`.
     """
     stream, theirs = open_pipe()
     output = bytearray()
     async with stream:
         try:
-            child = spawn(argv, stdout=theirs, stderr=theirs, env={"LC_ALL": "C.UTF-8"})
+            child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
         finally:
             os.close(theirs)
         code: int | None = None

@@ -152,6 +152,9 @@ def _lines(plan: Plan, paint: Paint) -> Iterator[str]:
             yield f"  # before it, and for as long: {helper.name}"
             yield from (f"  {line}" for line in command_lines(helper.argv))
         yield from (f"  {line}" for line in command_lines(plan.launch.argv))
+        if plan.launch.stdin:
+            yield "  # which reads:"
+            yield from (f"  {plain(line)}" for line in plan.launch.stdin.splitlines())
     if notes := notes_of(plan):
         yield paint("notes", "bold")
         yield from (f"  {plain(note)}" for note in notes)
@@ -292,6 +295,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         if launch is None
         else {
             "argv": list(launch.argv),
+            "stdin": launch.stdin,
             "environment": dict(launch.environment),
             "descriptors": {str(number): purpose for number, purpose in launch.descriptors.items()},
             "helpers": [

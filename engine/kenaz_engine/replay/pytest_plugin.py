@@ -30,11 +30,22 @@ class Differs(Exception):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The one option."""
+    """One option of ours; those of `kenaz_drivers.conformance`, which is collected too late to add any."""
     parser.getgroup("kenaz", "lifecycles of kenaz-launcher").addoption(
         "--kenaz-lifecycle",
         metavar="FILE",
         help="try this lifecycle (a file or a shipped name) on every scenario and journal, not their own",
+    )
+    group = parser.getgroup("kenaz-driver", "checks of a driver: --pyargs kenaz_drivers.conformance")
+    group.addoption("--kenaz-driver", metavar="NAME", help="the driver to check")
+    group.addoption(
+        "--kenaz-driver-options", metavar="JSON", default="{}", help="its driverOptions, as in a session spec"
+    )
+    group.addoption(
+        "--kenaz-arch", metavar="ARCH", default="x86_64", help="the guests' architecture (x86_64, aarch64)"
+    )
+    group.addoption(
+        "--kenaz-thorough", action="store_true", help="cancel at every single step, not at a choice of them"
     )
 
 

@@ -316,7 +316,7 @@ class Activities:
             return Made(machine.handle, self._end_machine), machine
 
         uses = ("disk", "config", "socket", *helpers)
-        intent = {"driver": plan.driver, "argv": list(plan.argv), "mark": self._layout.mark}
+        intent = {"driver": plan.driver, "argv": list(plan.argv), "mark": self._layout.mark, **plan.trace}
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
         try:
             await machine.ready()

@@ -1,0 +1,410 @@
+"""The driver `libvirt`: transient domains, made and watched by virsh.
+
+One virsh owns the domain: it makes it, paused and tied to its own connection (`--autodestroy`), and then
+tells of its events. It is a child of ours that dies with us, and libvirt ends the domain when that connection
+goes: so a machine does not outlive its launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import trio
+
+from kenaz_drivers._common.background import open_background
+from kenaz_drivers._common.output import Console, LogTail
+from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
+from kenaz_drivers._common.terminate import terminate
+from kenaz_drivers.contract import (
+    MARK,
+    Capabilities,
+    DriverError,
+    Exit,
+    JsonObject,
+    LaunchPlan,
+    LaunchRequest,
+)
+from kenaz_drivers.libvirt import probe
+from kenaz_drivers.libvirt.domain import Facts, build, console_path, name_of, uuid_of
+from kenaz_drivers.libvirt.virsh import (
+    FIXED,
+    Lifecycle,
+    call,
+    describe_exit,
+    destroy,
+    environment,
+    failure,
+    parse_event,
+    parse_monitor,
+)
+
+MADE_DEADLINE = 30.0
+"""Seconds for libvirt to make the domain. It takes 0.3; a daemon that has just started may take 9."""
+
+HEARD_DEADLINE = 2.0
+"""Seconds for the event of a domain that was resumed; without it, its owner did not listen yet."""
+
+DRAIN_GRACE = 1.0
+"""Seconds for the last lines of a virsh that has ended to be read."""
+
+TERM_GRACE = 0.5
+
+
+class LibvirtMachine:
+    """A domain. Made by `LibvirtDriver.launch` only."""
+
+    def __init__(self, data: JsonObject, child: ChildProcess, console: socket.socket) -> None:
+        self._virsh, self._uri, self._uuid = str(data["virsh"]), str(data["uri"]), str(data["uuid"])
+        self._name = str(data["name"])
+        self._child = child
+        self._listening = trio.socket.from_stdlib_socket(console)
+        self._console = trio.Event()
+        self._stream: trio.SocketStream | None = None
+        self._events: list[Lifecycle] = []
+        self._changed = trio.lowlevel.ParkingLot()
+        self._made = False
+        self._rebooted = trio.Event()
+        self._closings = 0
+        self._log = LogTail()
+        self._log_ended = trio.Event()
+        self._exit: Exit | None = None
+        self._left: DriverError | None = None
+        self._gone = trio.Event()
+
+    @property
+    def handle(self) -> JsonObject:
+        return {**self._child.handle, "uri": self._uri, "uuid": self._uuid}
+
+    # --- tasks ----------------------------------------------------------------------------------------------
+
+    async def follow(self, stream: trio.abc.ReceiveStream) -> None:
+        """Hears what the owner tells of the domain, and ends it with the domain."""
+        async for line in _Lines(stream):
+            self._hear(line)
+            self._changed.unpark_all()
+            if self._stopped:
+                break
+        await self._child.end((signal.SIGTERM, TERM_GRACE))
+
+    def _hear(self, line: str) -> None:
+        if line == self._name:
+            self._made = True
+        elif (event := parse_event(line)) is not None:
+            self._events.append(event)
+            if event.event == "Reboot":
+                self._rebooted.set()
+
+    @property
+    def _stopped(self) -> bool:
+        return bool(self._events) and self._events[-1].event == "Stopped"
+
+    async def listen(self, environment: Mapping[str, str]) -> None:
+        """Hears from QEMU's monitor when the guest closes the channel's port, of which libvirt tells nothing.
+
+        It lets one look there, and promises nothing of it: where it cannot be had, it is gone without.
+        """
+        with contextlib.suppress(DriverError):
+            await self._until(lambda: self._made)
+            output, output_end = open_pipe()
+            async with output:
+                try:
+                    command = f"qemu-monitor-event --domain {self._uuid} --loop"
+                    argv = [self._virsh, "-c", self._uri, "--quiet", command]
+                    child = spawn(argv, stdout=output_end, env=environment)
+                finally:
+                    os.close(output_end)
+                try:
+                    async for line in _Lines(output):
+                        if (told := parse_monitor(line)) is not None:
+                            self._closings += told[0] == "VSERPORT_CHANGE" and told[1].get("open") is False
+                            self._changed.unpark_all()
+                finally:
+                    await child.end((signal.SIGTERM, TERM_GRACE))
+
+    async def end_with_reboot(self) -> None:
+        """A throw-away machine does not start anew."""
+        await self._rebooted.wait()
+        with contextlib.suppress(DriverError):
+            await destroy(self._virsh, self._uri, self._uuid)
+
+    async def read_log(self, stream: trio.abc.ReceiveStream) -> None:
+        """Keeps what virsh says on stderr flowing, and its last lines."""
+        try:
+            async for data in Console(stream):
+                self._log.feed(data)
+        finally:
+            self._log_ended.set()
+
+    async def watch(self) -> None:
+        """Waits for the end of the owner, which is that of the domain, and makes it known."""
+        await self._child.wait()
+        with trio.move_on_after(DRAIN_GRACE):
+            await self._log_ended.wait()
+        if self._stopped:
+            self._exit = describe_exit(self._events)
+        else:
+            log = "\n".join(self._log.lines())
+            self._exit = Exit(False, str(failure("libvirt's connection ended", log)))
+            try:
+                await destroy(self._virsh, self._uri, self._uuid)
+            except DriverError as error:
+                self._left = error
+        self._gone.set()
+        self._changed.unpark_all()
+
+    async def take_console(self) -> None:
+        """Lets QEMU connect the console, once."""
+        try:
+            with self._listening, contextlib.suppress(trio.ClosedResourceError):
+                connected, _ = await self._listening.accept()
+                self._stream = trio.SocketStream(connected)
+        finally:
+            self._console.set()
+
+    async def close(self) -> None:
+        """Closes the console."""
+        self._listening.close()
+        if self._stream is not None:
+            await self._stream.aclose()
+
+    # --- the contract ---------------------------------------------------------------------------------------
+
+    async def ready(self) -> None:
+        with trio.move_on_after(MADE_DEADLINE):
+            await self._until(lambda: self._made)
+            # An owner that listens hears of it; one that did not yet is given another event to hear.
+            while not self._heard:
+                await self._call("the domain does not start", f"resume {self._uuid}")
+                with trio.move_on_after(HEARD_DEADLINE):
+                    await self._until(lambda: self._heard)
+                    return
+                await self._call("the domain does not start", f"suspend {self._uuid}")
+            return
+        raise DriverError(
+            f"libvirt does not make the domain within {MADE_DEADLINE:g} s", log=self._log.lines()
+        )
+
+    @property
+    def _heard(self) -> bool:
+        """Whether the owner has told of a domain that runs, or that has run."""
+        return any(event.event == "Resumed" for event in self._events)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Raises DriverError when the domain ends before."""
+        while not holds():
+            if self._gone.is_set():
+                assert self._exit is not None
+                if self._stopped:
+                    raise DriverError(self._exit.reason, log=self._log.lines())
+                raise failure("libvirt makes no domain", "\n".join(self._log.lines()))
+            await self._changed.park()
+
+    async def _call(self, what: str, command: str) -> None:
+        done = await call(self._virsh, self._uri, command)
+        if done.code is None:
+            raise DriverError(f"{what}: libvirt does not answer")
+        if done.code and not self._stopped:
+            raise failure(what, done.text)
+
+    async def wait(self) -> Exit:
+        await self._gone.wait()
+        assert self._exit is not None
+        return self._exit
+
+    async def powerdown(self) -> None:
+        await self._call("the power button does not work", f"shutdown {self._uuid} --mode acpi")
+
+    async def kill(self) -> None:
+        with trio.CancelScope(shield=True):
+            if not self._gone.is_set():
+                try:
+                    await destroy(self._virsh, self._uri, self._uuid)
+                    with trio.move_on_after(TERM_GRACE):
+                        await self._gone.wait()
+                finally:
+                    # Whatever became of that: libvirt ends a domain whose owner goes.
+                    await self._child.end((signal.SIGTERM, TERM_GRACE))
+            await self._gone.wait()
+        if self._left is not None:
+            raise self._left
+
+    async def console(self) -> AsyncIterator[bytes]:
+        await self._console.wait()
+        if self._stream is not None:
+            async for data in Console(self._stream):
+                yield data
+
+    async def port_closed(self) -> None:
+        # QEMU tells of a port once a second at the most, and then of its last state only: what it told
+        # before is no longer sure.
+        before = self._closings
+        while self._closings == before:
+            await self._changed.park()
+
+
+class LibvirtDriver:
+    """Runs machines with libvirt's QEMU driver, by any URI that leads to this host."""
+
+    name: ClassVar[str] = "libvirt"
+    options_schema: ClassVar[JsonObject] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Options of the driver libvirt",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "uri": {
+                "title": "Connection URI",
+                "description": "Which libvirt. Unless given, the one that virsh takes: $LIBVIRT_DEFAULT_URI, "
+                "or qemu:///system for root and qemu:///session for others; a daemon that does not run is "
+                "then not started.",
+                "type": "string",
+                "pattern": "^qemu(\\+[a-z]+)?://",
+                "examples": ["qemu:///session", "qemu:///system", "qemu+ssh://me@host/system"],
+            },
+            "accel": {
+                "title": "Accelerator",
+                "description": "How the guest's processor is run. `auto` takes KVM where it has been seen to "
+                "run a guest, and says so when it takes `tcg`.",
+                "enum": ["auto", "kvm", "tcg"],
+                "default": "auto",
+                "examples": ["tcg"],
+            },
+        },
+    }
+
+    async def probe(self, arch: str, options: JsonObject) -> Capabilities:
+        return await probe.probe(arch, options)
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        capabilities = request.capabilities
+        if "facts" not in capabilities.data:
+            reasons = "; ".join(reason.text for reason in capabilities.reasons if not reason.ok)
+            raise DriverError(f"libvirt cannot be planned for: {reasons or 'this host was not probed'}")
+        facts = Facts.from_json(capabilities.data["facts"])
+        mark = request.mark or request.session
+        uuid = uuid_of(mark)
+        owner = (
+            "create --file /dev/stdin --validate --paused --autodestroy; "
+            f"domname {uuid}; event --domain {uuid} --all --loop"
+        )
+        fallback = str(capabilities.data.get("fallback", ""))
+        nat = (
+            ("network nat: the guest reaches whatever that host reaches",) if request.network == "nat" else ()
+        )
+        return LaunchPlan(
+            driver=self.name,
+            argv=(facts.virsh, "-c", facts.uri, "--quiet", owner),
+            environment=FIXED | ({MARK: request.mark} if request.mark else {}),
+            stdin=build(request, facts),
+            notes=((fallback,) if fallback else ()) + nat,
+            data={
+                "virsh": facts.virsh,
+                "uri": facts.uri,
+                "name": name_of(mark),
+                "uuid": uuid,
+                "console": console_path(request),
+            },
+            trace={"uri": facts.uri},
+        )
+
+    @asynccontextmanager
+    async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[LibvirtMachine]:
+        console = Path(plan.data["console"])
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(_listen(console))
+            stack.callback(console.unlink, missing_ok=True)
+            output, output_end = open_pipe()
+            log, log_end = open_pipe()
+            try:
+                with _readable(plan.stdin) as stdin:
+                    child = spawn(
+                        plan.argv,
+                        stdin=stdin,
+                        stdout=output_end,
+                        stderr=log_end,
+                        env={**environment(), **plan.environment},
+                    )
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await output.aclose()
+                    await log.aclose()
+                raise
+            finally:
+                os.close(output_end)
+                os.close(log_end)
+            machine = LibvirtMachine(plan.data, child, listening)
+            async with open_background() as background:
+                background.start_soon(lambda: machine.follow(output))
+                background.start_soon(lambda: machine.read_log(log))
+                background.start_soon(lambda: machine.listen({**environment(), **plan.environment}))
+                background.start_soon(machine.end_with_reboot)
+                background.start_soon(machine.watch)
+                background.start_soon(machine.take_console)
+                try:
+                    yield machine
+                finally:
+                    with trio.CancelScope(shield=True):
+                        try:
+                            await machine.kill()
+                        finally:
+                            await machine.close()
+                            await output.aclose()
+                            await log.aclose()
+
+    async def release(self, handle: JsonObject) -> None:
+        mark = str(handle.get("mark", ""))
+        if "pid" in handle or mark:
+            await terminate(handle)
+        facts = handle.get("uri") or probe.default_uri()
+        await destroy("virsh", str(facts), str(handle.get("uuid") or uuid_of(mark)))
+
+
+def _listen(path: Path) -> socket.socket:
+    """Raises DriverError when QEMU could not connect there."""
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen(1)
+    except OSError as error:
+        listening.close()
+        raise DriverError(f"{path}: cannot listen: {error.strerror}") from error
+    return listening
+
+
+class _Lines:
+    """What virsh prints, line by line, until it ends. No line of it is long."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._chunks = Console(stream)
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
+
+    def __aiter__(self) -> _Lines:
+        return self
+
+    async def __anext__(self) -> str:
+        while not self._lines:
+            *lines, self._rest = (self._rest + await anext(self._chunks)).split(b"\n")
+            self._lines.extend(lines)
+        return self._lines.popleft().decode("utf-8", "replace").strip()
+
+
+@contextlib.contextmanager
+def _readable(text: str) -> Iterator[int]:
+    """A descriptor from which that text can be read. A pipe holds all of it: see `domain.LONGEST`."""
+    ours, theirs = os.pipe()
+    try:
+        with os.fdopen(theirs, "w", encoding="utf-8") as file:
+            file.write(text)
+        yield ours
+    finally:
+        os.close(ours)

@@ -1,0 +1,141 @@
+"""What virsh is told, and what it says; see docs/decisions/0017-libvirt-binding.md.
+
+Facts: virsh(1) and the source of virsh 9.0 (tools/virsh-domain-event.c). Under `LC_ALL=C` its words do not
+change with the user's language.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from kenaz_drivers._common.process import Captured, capture
+from kenaz_drivers.contract import DriverError, Exit, JsonObject
+
+# What virsh and libvirt's clients read of the environment: where sockets, keys and configuration are.
+_VARIABLES = (
+    "HOME",
+    "PATH",
+    "SSH_AUTH_SOCK",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_RUNTIME_DIR",
+)
+
+FIXED = {"LC_ALL": "C", "LIBVIRT_AUTOSTART": "0"}
+"""What virsh is given besides: its words, and that it starts no daemon, which would carry our mark."""
+
+CALL_DEADLINE = 20.0
+"""Seconds for an answer: a call takes 0.04, or 9 where the daemon has just started and looks at its QEMU."""
+
+DESTROY_DEADLINE = 25.0
+"""Seconds for the end of a domain: libvirt itself waits up to 15 for a QEMU that does not go."""
+
+_EVENT = re.compile(r"event '(lifecycle|reboot)' for domain '[^']*'(?:: (\S+)(?: (.*))?)?$")
+
+_MONITOR = re.compile(r"event (\S+) at \S+ for domain '[^']*': (.*)$")
+
+# What libvirt says, and what its user can do.
+_HINTS = (
+    ("Failed to connect socket", "start libvirt's daemon: systemctl start virtqemud, or libvirtd"),
+    ("authentication unavailable", "join the group libvirt, or driverOptions.libvirt.uri: qemu:///session"),
+    ("authentication failed", "join the group libvirt, or driverOptions.libvirt.uri: qemu:///session"),
+    ("Could not access KVM", "driverOptions.libvirt.accel: tcg"),
+    ('Failed to get "', "another machine uses this disk; end that one first"),
+    ("cannot set up guest memory", "give the machine less memory"),
+    ("Cannot allocate memory", "give the machine less memory"),
+    ("No space left on device", "free some space"),
+    ("Permission denied", "let the user that libvirt runs QEMU as read that file"),
+    ("Host key verification failed", "add the host to your known_hosts: ssh to it once"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """One event of a domain's life, in virsh's words: `Stopped` and `Shutdown`; or `Reboot`."""
+
+    event: str
+    detail: str
+
+
+def parse_event(line: str) -> Lifecycle | None:
+    """What a line of `virsh event` tells of the domain's life; None for other lines."""
+    found = _EVENT.search(line)
+    if found is None:
+        return None
+    return Lifecycle("Reboot", "") if found[1] == "reboot" else Lifecycle(found[2] or "", found[3] or "")
+
+
+def parse_monitor(line: str) -> tuple[str, JsonObject] | None:
+    """The event of QEMU's monitor, and its data, that a line of `virsh qemu-monitor-event` tells of."""
+    found = _MONITOR.search(line)
+    try:
+        data = json.loads(found[2]) if found else None
+    except ValueError:
+        data = None
+    return (found[1], data if isinstance(data, dict) else {}) if found else None
+
+
+def describe_exit(events: Iterable[Lifecycle]) -> Exit:
+    """How a domain ended, from the events of its life, the last of which is its end."""
+    seen = list(events)
+    last = seen[-1] if seen else Lifecycle("", "")
+    if any(one.event == "Crashed" for one in seen):
+        return Exit(False, "the guest's kernel panicked")
+    if any(one.event == "Reboot" for one in seen):
+        return Exit(False, "the guest asked for a reboot")
+    if Lifecycle("Shutdown", "Finished after guest request") in seen and last.detail == "Shutdown":
+        return Exit(True, "the guest powered off")
+    words = {
+        "Shutdown": "a signal ended QEMU",
+        "Destroyed": "the launcher destroyed the domain",
+        "Crashed": "QEMU crashed",
+        "Failed": "QEMU failed",
+    }
+    return Exit(False, words.get(last.detail, f"libvirt says: {last.event} {last.detail}".rstrip()))
+
+
+def errors(text: str) -> tuple[str, ...]:
+    """What virsh complained of, without its repetitions of that."""
+    lines = [line.removeprefix("error: ").strip() for line in text.splitlines()]
+    return tuple(line for line in lines if line and not line.startswith("failed to get domain"))
+
+
+def failure(what: str, text: str) -> DriverError:
+    """The error of a call to virsh that said this."""
+    said = errors(text)
+    hint = next((mend for words, mend in _HINTS if words in text), "")
+    message = said[-1] if said else "virsh does not say why"
+    return DriverError(f"{what}: {message}", hint=hint, log=said[-20:])
+
+
+def environment() -> dict[str, str]:
+    """All that virsh gets of an environment."""
+    return FIXED | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+async def call(
+    virsh: str, uri: str, *words: str, deadline: float = CALL_DEADLINE, more: Mapping[str, str] | None = None
+) -> Captured:
+    """Runs one virsh. Raises DriverError when there is none to run."""
+    argv = [virsh, "-c", uri, "--quiet", *words]
+    return await capture(argv, deadline=deadline, environment={**environment(), **(more or {})})
+
+
+async def destroy(virsh: str, uri: str, uuid: str) -> None:
+    """Ends the domain of that UUID, if there is one. Raises DriverError when it may still be there."""
+    done = await call(virsh, uri, "destroy", uuid, deadline=DESTROY_DEADLINE)
+    if done.code == 0 or _is_gone(done.text):
+        return
+    if done.code is None:
+        raise DriverError(f"libvirt does not end the domain {uuid} within {DESTROY_DEADLINE:g} s")
+    raise failure(f"the domain {uuid} cannot be ended", done.text)
+
+
+def _is_gone(text: str) -> bool:
+    gone = ("failed to get domain", "Domain not found", "domain is not running")
+    return "failed to connect" not in text and any(words in text for words in gone)
