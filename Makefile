@@ -35,10 +35,8 @@ download-image: which-image host-session .venv/ready-to-run ## fetch an image (I
 run-vm: image ## run a session in a real machine, never in a mere process (SPEC=specs/sessions/hello.yaml)
 	@$(LAUNCHER) run $(SPEC) --set spec.driver=qemu
 
-run-vm-aarch64: ## not yet: see what it says
-	@echo "kenaz: aarch64 guests cannot be booted yet; that comes with the work on further drivers." >&2
-	@echo "Today: make image-aarch64 builds the image, make run-vm boots the one of this host's architecture." >&2
-	@exit 3
+run-vm-aarch64: host-vm-aarch64 image-aarch64 ## the same for aarch64, emulated where the host is another (SPEC=...)
+	@$(LAUNCHER) run $(SPEC) --set spec.driver=qemu --set spec.machine.arch=aarch64
 
 # Checking ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +94,9 @@ host-lint:
 host-image-aarch64:
 	@.ci/setup image-aarch64
 
+host-vm-aarch64:
+	@.ci/setup vm-aarch64
+
 # A dangling link (the Python that .venv was made from has gone) counts as missing, so .venv is made anew.
 .venv/bin/python:
 	@python=$$(.ci/python) && "$$python" -m venv --clear .venv
@@ -114,4 +115,5 @@ host-image-aarch64:
 	@touch .venv/ready-to-run $@
 
 .PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz soak lint format clean \
-	which-image host-session host-test host-lint host-image-aarch64
+	which-image host-session host-test host-lint host-image-aarch64 \
+	host-vm-aarch64

@@ -1,7 +1,7 @@
 """What drivers and the engine both need of the host: processes that are told apart, started, read and ended.
 
-The modules behind it are in `kenaz_drivers._common`, which our drivers import themselves. This is the door for
-all others; see docs/decisions/0021-public-host.md.
+The modules behind it are in `kenaz_drivers._common`, which our drivers import themselves. This is the door
+for all others; see docs/decisions/0021-public-host.md.
 """
 
 from kenaz_drivers._common.background import Background, open_background

@@ -29,6 +29,10 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 # What a guest's CPU is: the host's own where it runs directly, and all that emulation has otherwise.
 _CPUS = {"kvm": "host", "hvf": "host", "tcg": "max"}
 
+# To the letter, the signing of pointers takes three quarters of an emulated aarch64 guest's boot (18.7 s of
+# kernel against 4.9 s); QEMU 5.2 and later know a cheap one, which is as good inside of one machine.
+_EMULATED_CPUS = {"aarch64": "max,pauth-impdef=on"}
+
 _SERIALS = {"root": "root", "config": "KENAZMETA", "workbench": "KENAZWB"}
 
 _MACHINES = {"x86_64": ("microvm", "q35"), "aarch64": ("virt",)}
@@ -118,7 +122,8 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
     argv += ["-machine", f"{machine},memory-backend=ram" if shared else machine]
     argv += ["-accel", accelerator]
     if accelerator in _CPUS:
-        argv += ["-cpu", _CPUS[accelerator]]
+        emulated = _EMULATED_CPUS if accelerator == "tcg" else {}
+        argv += ["-cpu", emulated.get(request.capabilities.arch, _CPUS[accelerator])]
     argv += ["-m", memory, "-smp", str(request.cpus)]
     if facts.sandbox:
         argv += ["-sandbox", SANDBOX]
