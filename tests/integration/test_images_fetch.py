@@ -491,11 +491,11 @@ def rolling(
     return publisher
 
 
-def authority_context(authority: trustme.CA) -> Any:
+def authority_context(authority: trustme.CA, host: str = "localhost") -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
+    authority.issue_cert(host).configure_cert(context)
     return context
 
 
@@ -637,6 +637,44 @@ async def test_the_proxy_of_the_environment_is_used(
     monkeypatch.delenv("no_proxy", raising=False)
     assert (await fetch()).root.read_bytes() == ROOT
     assert publisher.asked("root")[0]["host"] == "images.example.org"
+
+
+async def test_tls_goes_through_a_proxy_unseen(
+    publishers: Callable[..., Any], fetch: Fetch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over CONNECT; the certificate is the publisher's own, for a name that only the proxy can reach."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    secure = publishers(authority_context(authority, "images.example.org"))
+    secure.files["/root"] = ROOT
+    fetch.publish("https://images.example.org/root")
+    asked: list[bytes] = []
+
+    async def pump(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        async for data in source:
+            await sink.send_all(data)
+        await sink.send_eof()
+
+    async def serve(client: trio.SocketStream) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += await client.receive_some(1)
+        asked.append(head.partition(b"\r\n")[0])
+        server = await trio.open_tcp_stream("127.0.0.1", int(secure.base.rpartition(":")[2]))
+        await client.send_all(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        async with client, server, trio.open_nursery() as both:
+            both.start_soon(pump, client, server)
+            both.start_soon(pump, server, client)
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.socket.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert (await fetch()).root.read_bytes() == ROOT
+        nursery.cancel_scope.cancel()
+    assert asked == [b"CONNECT images.example.org:443 HTTP/1.1"]
 
 
 async def test_a_proxy_that_cannot_be_is_told(fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
