@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kenaz_engine.cli.live import Live
+from kenaz_engine.cli.live import GUEST_LINES, Live
 from kenaz_engine.session.launch import Result
 from kenaz_engine.session.runner import Outcome
 
@@ -53,6 +53,17 @@ def test_a_failure_is_told_with_all_that_is_known() -> None:
         "  journal /s/s1/journal.jsonl",
         "  left behind: the disk /d",
     ]
+
+
+def test_a_guest_that_repeats_itself_does_not_fill_the_terminal() -> None:
+    out = io.StringIO()
+    live = Live(out)
+    for _ in range(3 * GUEST_LINES):
+        live.record({"kind": "channel", "name": "fs.delete", "outcome": "denied", "t": 0.0})
+        live.say("hello")
+    shown = out.getvalue().splitlines()
+    assert len(shown) == GUEST_LINES
+    assert shown[-1] == "    (what more the guest does is in the journal only)"
 
 
 def test_a_success_that_left_something_is_a_failure() -> None:

@@ -28,6 +28,9 @@ _TICK = 0.1
 SHOWN = 256 * 1024
 """Characters of a command's output that are shown at most."""
 
+GUEST_LINES = 200
+"""Lines about what the guest says and asks for that are shown at most: a guest may repeat itself for ever."""
+
 
 class Output(Protocol):
     """What a view writes to."""
@@ -192,6 +195,7 @@ class Live:
         self._hint = self._hint_of_event = ""
         self._pace: Pace | None = None
         self._fetching = ""
+        self._guest_lines = GUEST_LINES
 
     def reaped(self, results: Sequence[Reaped]) -> None:
         """One line."""
@@ -241,7 +245,7 @@ class Live:
             case "backoff":
                 self._line(f"    trying again in {record['seconds']:.1f} s")
             case "channel" if record.get("outcome") == "denied":
-                self._line(f"    tool {record.get('name', '')}: denied by the session's policy")
+                self._of_guest(f"    tool {record.get('name', '')}: denied by the session's policy")
             case "note" if record.get("about") == "port":
                 wanted, taken = record["wanted"], record["taken"]
                 self._line(f"    vsock port {wanted} is taken by another process: the guest dials {taken}")
@@ -250,7 +254,7 @@ class Live:
 
     def say(self, text: str) -> None:
         """A line of the demo harness."""
-        self._line(f"    {plain(text)}")
+        self._of_guest(f"    {plain(text)}")
 
     def output(self, stream: str, text: str) -> None:
         """Line by line, in the order in which it came."""
@@ -301,6 +305,11 @@ class Live:
         while self._terminal:
             await trio.sleep(_TICK)
             self._draw()
+
+    def _of_guest(self, line: str) -> None:
+        if self._guest_lines > 0:
+            self._guest_lines -= 1
+            self._line(line if self._guest_lines else "    (what more the guest does is in the journal only)")
 
     def _complain(self, texts: Sequence[str], style: str) -> None:
         """What went wrong, once each."""
