@@ -35,6 +35,7 @@ AT_ONCE = 4
 
 PROCESS = {"driver": "process"}
 QEMU = {"driver": "qemu", "driverOptions.qemu.accel": "tcg", "behaviour": "bye"}
+LIBVIRT = {"driver": "libvirt", "driverOptions.libvirt.accel": "tcg", "behaviour": "bye"}
 
 Worlds = Callable[[], Any]
 
@@ -123,6 +124,21 @@ def test_killed_before_and_after_every_record(
     came = matrix(worlds, points[part::4], **options)
     gone, ended = (part == points.index(one) % 4 for one in ("before:0", f"after:{count - 1}"))
     assert (came["gone"], came["ended"], came.total()) == (gone, ended, len(points[part::4]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_killed_with_a_domain_before_and_after_every_record(
+    worlds: Worlds, qemu: str, libvirtd: Any, part: int
+) -> None:
+    """Its QEMU is no child of the launcher: libvirt has it, and is to give it up."""
+    options = {**LIBVIRT, "driverOptions.libvirt.uri": libvirtd.uri}
+    count = len(pieces(worlds(), **options))
+    points = [f"{where}:{seq}" for seq in range(count) for where in ("before", "after")]
+    came = matrix(worlds, points[part::4], **options)
+    gone, ended = (part == points.index(one) % 4 for one in ("before:0", f"after:{count - 1}"))
+    assert (came["gone"], came["ended"], came.total()) == (gone, ended, len(points[part::4]))
+    assert libvirtd.domains() == []
 
 
 @pytest.mark.parametrize(

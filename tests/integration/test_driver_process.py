@@ -1,4 +1,4 @@
-"""The driver process with real children, and the probe of the real QEMU."""
+"""What is the driver process's own, with real children, and the probe of the real QEMU."""
 
 import os
 import shutil
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from kenaz_drivers._common.identity import is_alive
 from kenaz_drivers.contract import Disk, DriverError, LaunchRequest
 from kenaz_drivers.process.driver import ProcessDriver, describe_exit
 from kenaz_drivers.qemu import probe
@@ -68,16 +67,6 @@ async def test_output_environment_and_directory_of_the_agent(driver, plan_for, t
         await machine.ready()
 
 
-async def test_the_power_button_is_sigterm(driver, plan_for):
-    script = "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.02; done"
-    async with driver.launch(plan_for(script), {}) as machine:
-        console = machine.console()
-        assert await console.__anext__() == b"up\n"
-        await machine.powerdown()
-        assert (await machine.wait()) == describe_exit(0, asked=True)
-        assert await console.__anext__() == b"bye\n"
-
-
 async def test_a_crash_is_not_clean_and_the_group_goes_with_it(driver, plan_for, tmp_path):
     async with driver.launch(plan_for("sleep 600 & echo $! > pid; exit 3"), {}) as machine:
         assert (await machine.wait()).reason == "the agent ended with code 3"
@@ -92,37 +81,6 @@ async def test_an_escaped_child_that_holds_the_console_does_not_hold_us(driver, 
         await machine.wait()
         assert [data async for data in machine.console()] == []
     assert time.monotonic() - started < 3
-
-
-async def test_kill_and_leaving_end_it(driver, plan_for):
-    stubborn = "trap '' TERM; echo up; while :; do sleep 0.02; done"
-    async with driver.launch(plan_for(stubborn), {}) as machine:
-        await machine.console().__anext__()
-        await machine.kill()
-        await machine.kill()
-        assert (await machine.wait()).reason == "SIGKILL killed the agent"
-    async with driver.launch(plan_for(stubborn), {}) as machine:
-        await machine.console().__anext__()
-    assert not is_alive(machine.handle)
-
-
-@pytest.mark.parametrize("after", [0, 0.005, 0.02, 0.05, 0.1])
-async def test_a_cancelled_launch_leaves_nothing(driver, plan_for, after):
-    machines = []
-    with trio.move_on_after(after) as scope:
-        async with driver.launch(plan_for("sleep 600"), {}) as machine:
-            machines.append(machine)
-            await machine.ready()
-            await machine.wait()
-    assert scope.cancelled_caught
-    assert not is_alive(machines[0].handle)
-
-
-async def test_release_by_handle(driver, plan_for):
-    async with driver.launch(plan_for("sleep 600"), {}) as machine:
-        await driver.release(machine.handle)
-        assert not (await machine.wait()).clean
-        await driver.release(machine.handle)
 
 
 async def test_what_cannot_be_planned_or_started(driver, plan_for, tmp_path):

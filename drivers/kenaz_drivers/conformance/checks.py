@@ -451,14 +451,7 @@ async def the_console_ends_with_the_machine(kit: Kit) -> None:
 async def a_flood_comes_in_bounded_pieces(kit: Kit) -> None:
     """A hostile guest costs bounded memory."""
     async with kit.planned("floods") as plan, kit.driver.launch(plan, {}) as made:
-        await made.ready()
-        total = 0
-        with within(SOON):
-            async for data in made.console():
-                assert 0 < len(data) <= 1 << 20
-                total += len(data)
-                if total > 100_000:
-                    break
+        await read_for(made, 100_000)
         with within(KILL_DEADLINE):
             await made.kill()
 
@@ -467,10 +460,29 @@ async def a_flood_comes_in_bounded_pieces(kit: Kit) -> None:
 async def a_flood_that_nobody_reads_does_not_keep_the_machine(kit: Kit) -> None:
     """A session that ends reads no more."""
     async with kit.planned("floods") as plan, kit.driver.launch(plan, {}) as made:
-        await made.ready()
+        await read_for(made, 100)
         await trio.sleep(PATIENCE)
         with within(KILL_DEADLINE):
             await made.kill()
+
+
+async def read_for(made: Machine, size: int) -> None:
+    """Reads the console until the machine is ready and so many bytes have come."""
+    ready = trio.Event()
+
+    async def read() -> None:
+        total = 0
+        async for data in made.console():
+            assert 0 < len(data) <= 1 << 20
+            total += len(data)
+            if total > size and ready.is_set():
+                return
+
+    with within(SOON):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await made.ready()
+            ready.set()
 
 
 @machine

@@ -236,11 +236,8 @@ class LibvirtMachine:
         if self._left is not None:
             raise self._left
 
-    async def console(self) -> AsyncIterator[bytes]:
-        await self._console.wait()
-        if self._stream is not None:
-            async for data in Console(self._stream):
-                yield data
+    def console(self) -> AsyncIterator[bytes]:
+        return _Late(self._console, lambda: self._stream)
 
     async def port_closed(self) -> None:
         # QEMU tells of a port once a second at the most, and then of its last state only: what it told
@@ -378,6 +375,23 @@ def _listen(path: Path) -> socket.socket:
         listening.close()
         raise DriverError(f"{path}: cannot listen: {error.strerror}") from error
     return listening
+
+
+class _Late:
+    """A console that QEMU connects when it starts, if it does."""
+
+    def __init__(self, connected: trio.Event, stream: Callable[[], trio.SocketStream | None]) -> None:
+        self._connected = connected
+        self._stream = stream
+
+    def __aiter__(self) -> _Late:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await self._connected.wait()
+        if (stream := self._stream()) is None:
+            raise StopAsyncIteration
+        return await anext(Console(stream))
 
 
 class _Lines:

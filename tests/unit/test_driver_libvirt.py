@@ -1,0 +1,292 @@
+"""libvirt's domains, to the letter; what virsh says; and the probe against a scripted virsh."""
+
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kenaz_drivers.contract import Capabilities, Disk, DriverError, Exit, LaunchRequest
+from kenaz_drivers.libvirt import probe as module
+from kenaz_drivers.libvirt.domain import NAMESPACE, Facts, build, uuid_of
+from kenaz_drivers.libvirt.driver import LibvirtDriver
+from kenaz_drivers.libvirt.virsh import Lifecycle, describe_exit, failure, parse_event, parse_monitor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+SESSION = Facts("/usr/bin/virsh", "qemu:///session", "9.0.0")
+SYSTEM = Facts("/usr/bin/virsh", "qemu:///system", "9.0.0", owner=(1000, 100))
+
+DISKS = (
+    Disk("root", "/state/root.qcow2", "qcow2"),
+    Disk("config", "/state/config.iso", "raw", readonly=True),
+    Disk("workbench", "/cache/blobs/ab", "raw", readonly=True),
+)
+
+
+def request_for(arch="x86_64", accel="tcg", **changes):
+    capabilities = Capabilities(usable=True, reasons=(), arch=arch, accelerator=accel)
+    request = LaunchRequest(
+        session="hello",
+        directory="/state",
+        runtime="/run/k",
+        cpus=2,
+        memory=256 << 20,
+        transport="virtio-serial",
+        channel="/run/k/channel",
+        port=7881,
+        capabilities=capabilities,
+        kernel="/cache/vmlinuz",
+        initrd="/cache/initrd",
+        cmdline="console=ttyS0 quiet",
+        disks=DISKS,
+        mark="hello-0123456789abcdef",
+    )
+    return replace(request, **changes)
+
+
+CASES = {
+    "x86_64-tcg-session": (request_for(), SESSION),
+    "x86_64-kvm-system": (request_for(accel="kvm"), SYSTEM),
+    "x86_64-tcg-disk-nat": (request_for(kernel="", initrd="", cmdline="", network="nat"), SESSION),
+    "aarch64-tcg-session": (request_for("aarch64"), SESSION),
+    "aarch64-kvm-disk": (request_for("aarch64", "kvm", kernel="", disks=DISKS[:1]), SYSTEM),
+    "x86_64-odd-paths": (
+        request_for(cmdline="a='<&>\"", disks=(Disk("root", "/a b/<&'\"ü,,", "raw"),), initrd=""),
+        SESSION,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_domain_is_the_golden_one(name):
+    text = build(*CASES[name])
+    golden = GOLDEN / f"libvirt-{name}.xml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_domain_is_valid(name):
+    """By libvirt's own schema, with libvirt's own tool."""
+    if shutil.which("virt-xml-validate") is None or shutil.which("xmllint") is None:
+        pytest.skip("needs virt-xml-validate (Debian: libvirt-clients, libxml2-utils)")
+    command = ["virt-xml-validate", str(GOLDEN / f"libvirt-{name}.xml"), "domain"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_odd_paths_come_out_as_they_went_in():
+    domain = ET.fromstring(build(*CASES["x86_64-odd-paths"]))
+    assert domain.find("devices/disk/source").get("file") == "/a b/<&'\"ü,,"
+    assert domain.findtext("os/cmdline") == "a='<&>\""
+
+
+def test_memory_is_whole_mebibytes_and_never_less():
+    assert ET.fromstring(build(request_for(memory=(64 << 20) + 1), SESSION)).findtext("memory") == "66560"
+
+
+def test_the_uuid_follows_from_the_mark():
+    assert uuid_of("a-mark") == str(uuid.uuid5(NAMESPACE, "a-mark"))
+    assert uuid_of("a-mark") != uuid_of("another")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"transport": "tcp"}, "no transport 'tcp'"),
+        ({"display": "window"}, "shows no screen"),
+        ({"network": "bridge"}, "is unknown to this driver"),
+        ({"channel": "/x" * 60}, "has 120 bytes"),
+        ({"runtime": "/x" * 60}, "has 133 bytes"),
+        ({"channel": ""}, "has 0 bytes"),
+        ({"cmdline": "a\x1b"}, "cannot stand in XML"),
+        ({"cmdline": "a" * 70_000}, "too long"),
+        ({"disks": (Disk("swap", "/s", "raw"),)}, "no disk of role 'swap'"),
+        ({"disks": (Disk("root", "/s", "vhdx"),)}, "format 'vhdx'"),
+        ({"accel": "hvf"}, "no accelerator 'hvf'"),
+        ({"arch": "riscv64"}, "no machine for riscv64"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, said):
+    with pytest.raises(DriverError, match=said):
+        build(request_for(**changes), SESSION)
+
+
+def line(words):
+    return f"2026-11-24 18:21:36.910+0000: event {words}"
+
+
+def test_lines_of_virsh_are_understood():
+    stopped = parse_event(line("'lifecycle' for domain 'k': Stopped Shutdown"))
+    assert stopped == Lifecycle("Stopped", "Shutdown")
+    assert parse_event("event 'reboot' for domain 'k'") == Lifecycle("Reboot", "")
+    assert parse_event("made" + line("'lifecycle' for domain 'k': Resumed Unpaused")).event == "Resumed"
+    for other in ("", "events received: 1", line("'rtc-change' for domain 'k': 0"), "event 'lifecycle'"):
+        assert parse_event(other) is None
+    told = parse_monitor('event VSERPORT_CHANGE at 1.5 for domain \'k\': {"open":true,"id":"channel0"}')
+    assert told == ("VSERPORT_CHANGE", {"open": True, "id": "channel0"})
+    assert parse_monitor("event STOP at 1.5 for domain 'k': <null>") == ("STOP", {})
+    assert parse_monitor("hello") is None
+
+
+POWERED_OFF = Lifecycle("Shutdown", "Finished after guest request")
+
+
+@pytest.mark.parametrize(
+    ("events", "ended"),
+    [
+        ([POWERED_OFF, Lifecycle("Stopped", "Shutdown")], Exit(True, "the guest powered off")),
+        ([POWERED_OFF, Lifecycle("Stopped", "Destroyed")], Exit(False, "the launcher destroyed the domain")),
+        (
+            [Lifecycle("Shutdown", "Finished after host request"), Lifecycle("Stopped", "Shutdown")],
+            Exit(False, "a signal ended QEMU"),
+        ),
+        (
+            [Lifecycle("Reboot", ""), POWERED_OFF, Lifecycle("Stopped", "Shutdown")],
+            Exit(False, "the guest asked for a reboot"),
+        ),
+        (
+            [Lifecycle("Crashed", "Panicked"), Lifecycle("Stopped", "Crashed")],
+            Exit(False, "the guest's kernel panicked"),
+        ),
+        ([Lifecycle("Stopped", "Failed")], Exit(False, "QEMU failed")),
+        ([Lifecycle("Stopped", "Saved")], Exit(False, "libvirt says: Stopped Saved")),
+    ],
+)
+def test_how_a_domain_ended(events, ended):
+    assert describe_exit(events) == ended
+
+
+def test_what_virsh_complains_of_comes_with_a_mend():
+    said = "error: failed to connect to the hypervisor\nerror: Failed to connect socket to '/s': No such file"
+    error = failure("it does not answer", said)
+    assert str(error) == "it does not answer: Failed to connect socket to '/s': No such file"
+    assert error.hint.startswith("start libvirt's daemon")
+    assert str(failure("x", "")) == "x: virsh does not say why"
+
+
+HERE = platform.node()
+
+VIRSH = """#!/bin/sh
+echo "$* LIBVIRT_AUTOSTART=$LIBVIRT_AUTOSTART" >> {log}
+{answer}
+"""
+
+ANSWER = """
+echo {host}
+echo "Running hypervisor: QEMU 7.2.22"
+echo "Running against daemon: 9.0.0"
+for kind in {kinds}; do
+    printf '<domainCapabilities>\\n  <path>{qemu}</path>\\n  <domain>%s</domain>\\n' $kind
+done
+"""
+
+
+@pytest.fixture
+def virsh(tmp_path, monkeypatch):
+    """A virsh that answers as it is told; and a QEMU that runs guests, or does not."""
+    monkeypatch.setenv("KENAZ_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
+    monkeypatch.setattr(module, "host_arch", lambda: "x86_64")
+    opened = module.Verdict(True, "/dev/kvm opens")
+    monkeypatch.setattr(module, "open_device", lambda path, module: opened)
+
+    def make(answer=None, host=HERE, kinds="qemu kvm", guest="exit 33"):
+        qemu = tmp_path / "qemu"
+        qemu.write_text(f"#!/bin/sh\n{guest}\n")
+        text = ANSWER.format(host=host, kinds=kinds, qemu=qemu) if answer is None else answer
+        (tmp_path / "virsh").write_text(VIRSH.format(log=tmp_path / "log", answer=text))
+        for program in ("virsh", "qemu"):
+            (tmp_path / program).chmod(0o755)
+        return (tmp_path / "log").read_text
+
+    return make
+
+
+async def test_kvm_that_runs_guests_is_taken(virsh):
+    virsh()
+    found = await module.probe("x86_64", {"uri": "qemu:///system"})
+    assert (found.usable, found.accelerator, found.deadline_scale) == (True, "kvm", 1.0)
+    assert [reason.text for reason in found.reasons[:2]] == [
+        "libvirt 9.0.0 at qemu:///system",
+        "KVM runs guests",
+    ]
+    assert found.data["facts"]["owner"] == [os.geteuid(), os.getegid()]
+    assert Facts.from_json(found.data["facts"]).owner == (os.geteuid(), os.getegid())
+
+
+async def test_kvm_that_does_not_run_guests_is_not(virsh):
+    virsh(guest="echo no; exit 1")
+    found = await module.probe("x86_64", {"uri": "qemu:///session"})
+    assert (found.usable, found.accelerator, found.deadline_scale) == (True, "tcg", 5.0)
+    assert found.data["fallback"] == "KVM present but does not run guests (no): using TCG (slow)"
+    assert found.data["facts"]["owner"] is None
+    refused = await module.probe("x86_64", {"accel": "kvm"})
+    assert not refused.usable
+    assert refused.reasons[-1].mend == "accel: tcg"
+    asked = await module.probe("x86_64", {"accel": "tcg"})
+    assert (asked.accelerator, asked.data["fallback"]) == ("tcg", "")
+
+
+async def test_a_guest_of_another_architecture_is_emulated(virsh):
+    virsh(kinds="qemu")
+    assert (await module.probe("aarch64", {})).accelerator == "tcg"
+    refused = await module.probe("aarch64", {"accel": "kvm"})
+    assert "this host's own architecture" in refused.reasons[-1].text
+
+
+async def test_no_kvm_and_no_qemu(virsh, monkeypatch):
+    virsh(kinds="qemu")
+    found = await module.probe("x86_64", {})
+    assert [r.text for r in found.reasons if not r.ok] == ["libvirt has no KVM: using TCG (slow)"]
+    virsh(kinds="")
+    assert not (await module.probe("x86_64", {})).usable
+
+
+async def test_kvm_that_only_libvirt_may_open_is_believed_and_that_is_said(virsh, monkeypatch):
+    virsh()
+    closed = module.Verdict(False, "/dev/kvm may not be opened", "join the group kvm")
+    monkeypatch.setattr(module, "open_device", lambda path, module: closed)
+    found = await module.probe("x86_64", {})
+    assert found.accelerator == "kvm"
+    assert found.reasons[-1].text == "libvirt has KVM, which was not tried: /dev/kvm may not be opened"
+
+
+async def test_no_daemon_is_started_unless_the_spec_names_one(virsh):
+    log = virsh(answer="echo 'error: Failed to connect socket' >&2; exit 1")
+    found = await module.probe("x86_64", {})
+    assert not found.usable
+    assert found.reasons[0].mend.startswith("start libvirt's daemon")
+    assert "LIBVIRT_AUTOSTART=0" in log()
+    await module.probe("x86_64", {"uri": "qemu:///session"})
+    assert "LIBVIRT_AUTOSTART=1" in log()
+
+
+async def test_another_host_and_no_virsh_are_told(virsh, monkeypatch):
+    virsh(host="elsewhere")
+    found = await module.probe("x86_64", {"uri": "qemu+ssh://elsewhere/system"})
+    assert not found.usable
+    assert "is on elsewhere" in found.reasons[0].text
+    assert "no machine for vax" in (await module.probe("vax", {})).reasons[0].text
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert (await module.probe("x86_64", {})).reasons[0].text == "virsh is not installed"
+    with pytest.raises(DriverError, match="this host was not probed"):
+        LibvirtDriver().plan(request_for())
+
+
+def test_the_default_is_libvirts_own(monkeypatch):
+    monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert module.default_uri() == "qemu:///system"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert module.default_uri() == "qemu:///session"
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+ssh://h/system")
+    assert module.default_uri() == "qemu+ssh://h/system"
