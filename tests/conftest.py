@@ -114,8 +114,10 @@ class Libvirtd:
 
 @contextmanager
 def _libvirtd(kind: str) -> Iterator[Libvirtd]:
-    if not all(map(shutil.which, ("virsh", "libvirtd", "qemu-system-x86_64", "unshare"))):
-        pytest.skip("needs libvirtd, virsh and QEMU (Debian: libvirt-daemon-system, libvirt-clients)")
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    needed = ("virsh", "libvirtd", "qemu-system-x86_64", "unshare")
+    if not all(shutil.which(name, path=path) for name in needed):
+        pytest.skip("needs libvirtd, virsh and QEMU (Debian: libvirt-daemon, libvirt-clients)")
     with tempfile.TemporaryDirectory(prefix="lv-") as directory:
         command = [sys.executable, str(Path(__file__).with_name("libvirt_daemon.py")), directory, kind]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:

@@ -64,7 +64,7 @@ def command(directory: Path, kind: str, port: int) -> tuple[list[str], dict[str,
     config = directory / "libvirtd.conf"
     config.write_text(CONFIG.format(port=port))
     daemon = ["libvirtd", "--listen", "--config", str(config)]
-    environment = {**os.environ, "HOME": str(directory)}
+    environment = {**os.environ, "HOME": str(directory), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     for name in ("CONFIG_HOME", "CACHE_HOME", "DATA_HOME", "RUNTIME_DIR"):
         environment[f"XDG_{name}"] = str(directory / name.lower())
         (directory / name.lower()).mkdir(mode=0o700)
