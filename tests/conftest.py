@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, settings
 REQUIRE_ALL = os.environ.get("KENAZ_REQUIRE_ALL") == "1"
 """Set by .ci/run where CI runs: there, a skipped test hides that the machine lacks something."""
 
-collect_ignore = ["acceptance/example_repo"]
-"""Somebody else's repository, as it were: an acceptance test runs it where it belongs, outside this tree."""
+collect_ignore = ["acceptance/example_repo", "acceptance/example_driver"]
+"""Somebody else's repositories, as it were: acceptance tests run them where they belong, outside of ours."""
 
 # A busy machine is no defect of the code: nothing here depends on time. `make test` tries the same each time,
 # `make test-all` looks where nobody has looked yet.

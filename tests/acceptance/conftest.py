@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -345,3 +346,42 @@ def minisign(tmp_path: Path) -> Callable[[], Signer]:
         return made[-1]
 
     return make
+
+
+def build_wheel(project: Path, directory: Path) -> Path:
+    """The wheel of a project, built without a network."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    [wheel] = directory.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> str:
+    """The Python of a new environment that has the wheel and pytest, by way of the package index."""
+    wheel = build_wheel(ROOT, tmp_path)
+    assert {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}.isdisjoint(
+        {"engine", "drivers"}
+    )
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = str(tmp_path / "venv/bin/python")
+    install(python, str(wheel), "pytest")
+    return python
+
+
+def install(python: str, *what: str) -> None:
+    """Installs by our own pip, so that the other environment needs none."""
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    done = subprocess.run([*pip, *what], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def install_project() -> Callable[[str, Path, Path], None]:
+    """Installs a project into an environment, from a wheel that is built in a directory."""
+
+    def into(python: str, project: Path, directory: Path) -> None:
+        directory.mkdir()
+        install(python, "--no-deps", str(build_wheel(project, directory)))
+
+    return into

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -222,28 +221,6 @@ def test_our_own_suite_collects_what_is_its_own() -> None:
     kept = [*(ROOT / "tests/journals").glob("*.jsonl"), *(ROOT / "specs/scenarios").glob("*.yaml")]
     assert sorted(collected) == sorted(path.relative_to(ROOT).as_posix() for path in kept)
     assert "example_repo/" not in done.stdout
-
-
-@pytest.fixture
-def installed(tmp_path: Path) -> str:
-    """The Python of a new environment that has the wheel and pytest, by way of the package index."""
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    [wheel] = tmp_path.glob("*.whl")
-    assert {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}.isdisjoint(
-        {"engine", "drivers"}
-    )
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = str(tmp_path / "venv/bin/python")
-    # Our own pip, so that the new environment needs none.
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
-    done = subprocess.run([*pip, str(wheel), "pytest"], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return python
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What virsh is told, and what it says; see docs/decisions/0017-libvirt-binding.md.
+"""What virsh is told, and what it says; see docs/decisions/0017-libvirt.md.
 
 Facts: virsh(1) and the source of virsh 9.0 (tools/virsh-domain-event.c). Under `LC_ALL=C` its words do not
 change with the user's language.
