@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -16,13 +17,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import trio
 
 from kenaz_drivers._common.identity import identify
 from kenaz_drivers._common.terminate import undead
 from kenaz_drivers.contract import MARK, DriverError, JsonObject
+
+if sys.platform == "win32":
+    from kenaz_drivers._common import windows
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -104,6 +108,23 @@ else:
         return trio.lowlevel.FdStream(ours), theirs
 
 
+if sys.platform == "win32":
+
+    @functools.cache
+    def _job() -> windows.Job:
+        """The one of this process, for all its children."""
+        return windows.Job(windows.load())
+
+    def _tied(wanted: Mapping[int, int]) -> dict[str, Any]:
+        return {"creationflags": windows.CREATE_SUSPENDED | subprocess.CREATE_NO_WINDOW}
+
+else:
+
+    def _tied(wanted: Mapping[int, int]) -> dict[str, Any]:
+        """How Popen ties a child to us, the guard besides."""
+        return {"pass_fds": tuple(wanted.values()), "start_new_session": True}
+
+
 def spawn(
     argv: Sequence[str],
     *,
@@ -142,14 +163,15 @@ def spawn(
             stderr=stderr,
             env=None if env is None else dict(env),
             cwd=cwd,
-            pass_fds=tuple(wanted.values()),
-            start_new_session=True,
+            **_tied(wanted),
         )
     except (OSError, ValueError) as error:
         none_left = isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}
         mend = "raise the limit of open files: ulimit -n" if none_left else ""
         raise DriverError(f"cannot start {argv[0]}: {error}", hint=mend) from error
     pidfd = None
+    if sys.platform == "win32":
+        _job().add(popen.pid)
     if sys.platform == "linux":
         try:
             pidfd = os.pidfd_open(popen.pid)
