@@ -188,6 +188,55 @@ class Captured:
     text: str
 
 
+if sys.platform == "win32":
+
+    async def _output(
+        argv: Sequence[str], output: bytearray, limit: int, environment: Mapping[str, str] | None
+    ) -> int | None:
+        """Runs it as its own: trio ends it where this is cancelled."""
+        flags = windows.CREATE_SUSPENDED | subprocess.CREATE_NO_WINDOW
+        try:
+            process = await trio.lowlevel.open_process(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                creationflags=flags,
+            )
+        except OSError as error:
+            raise DriverError(f"cannot start {argv[0]}: {error}") from error
+        try:
+            _job().add(process.pid)
+            assert process.stdout is not None
+            async for data in process.stdout:
+                output += data[: limit - len(output)]
+            return await process.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                process.kill()
+                await process.wait()
+
+else:
+
+    async def _output(
+        argv: Sequence[str], output: bytearray, limit: int, environment: Mapping[str, str] | None
+    ) -> int | None:
+        """Runs it, keeps what it prints, and returns its exit code; whatever happens, no process is left."""
+        stream, theirs = open_pipe()
+        async with stream:
+            try:
+                child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
+            finally:
+                os.close(theirs)
+            try:
+                async for data in stream:
+                    output += data[: limit - len(output)]
+                return await child.wait()
+            finally:
+                await child.end()
+
+
 async def capture(
     argv: Sequence[str],
     *,
@@ -200,19 +249,8 @@ async def capture(
     `environment` is all that it gets of one; unless given, no more than a neutral language. Whatever happens,
     cancellation included, no process is left. Raises DriverError like `spawn`.
     """
-    stream, theirs = open_pipe()
     output = bytearray()
-    async with stream:
-        try:
-            child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
-        finally:
-            os.close(theirs)
-        code: int | None = None
-        try:
-            with trio.move_on_after(deadline):
-                async for data in stream:
-                    output += data[: limit - len(output)]
-                code = await child.wait()
-        finally:
-            await child.end()
+    code: int | None = None
+    with trio.move_on_after(deadline):
+        code = await _output(argv, output, limit, environment)
     return Captured(code, output.decode("utf-8", "replace"))
