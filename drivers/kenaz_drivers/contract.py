@@ -78,13 +78,15 @@ class Capabilities:
 class Disk:
     """A disk to attach. `role` is `root`, `config` (label KENAZMETA) or `workbench` (label KENAZWB).
 
-    `format` is one of `qcow2`, `raw`, `vhdx`, or `directory` for drivers that run no machine.
+    `format` is one of `qcow2`, `raw`, `vhdx`, `iso`, or `directory` for drivers that run no machine. `base`
+    is what a disk begins as that the driver makes itself, in `launch` (`vhdx`); else it is there already.
     """
 
     role: str
     path: str
     format: str
     readonly: bool = False
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class LaunchRequest:
     says where the guest will dial from, and for `tcp`). For `vhost-user-vsock` it ends in `_PORT`, the number
     that the guest will dial. `runtime` is a short directory for sockets of the driver's own; `directory` is
     the session's state directory. `agent` is the command that *is* the guest for drivers that run no machine.
-    `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `unix`, `tcp`. For `tcp` the driver
+    `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `vfkit`, `hyperv` (where the
+    handle has the machine's id, as `vm`, before `ready`), `unix`, `tcp`. For `tcp` the driver
     forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is 0 where it
     is not known yet. `mark` is a name that nothing else ever has: whatever `launch` makes must be found by
     it, also when nobody saw it made.

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from kenaz_drivers._common import accelerator
 from kenaz_drivers.qemu import probe as module
 
 BOUND = 3.0
@@ -31,7 +32,7 @@ def _opens() -> bool:
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs qemu-system-x86_64"),
-    pytest.mark.only_where(_opens() and module.host_arch() == "x86_64"),
+    pytest.mark.only_where(_opens() and accelerator.host_arch() == "x86_64"),
 ]
 
 
@@ -72,14 +73,14 @@ async def test_the_verdict_comes_in_time_is_kept_for_this_boot_and_leaves_nothin
 
     ran: list[str] = []
 
-    async def run_guest(*words: object) -> module.Verdict:
+    async def run_guest(*words: object) -> accelerator.Verdict:
         ran.append(str(words[2]))
-        return module.Verdict(told[0].ok, "asked again", "")
+        return accelerator.Verdict(told[0].ok, "asked again", "")
 
     monkeypatch.setattr(module, "run_guest", run_guest)
     assert await module.probe("x86_64", {}) == found
     assert ran == []
-    monkeypatch.setattr(module, "boot_id", lambda: "another")
+    monkeypatch.setattr(accelerator, "boot_id", lambda: "another")
     await module.probe("x86_64", {})
     assert ran == ["kvm"]
 
@@ -96,17 +97,19 @@ async def test_a_guest_that_never_ends_is_not_waited_for_and_not_left(
 
     # `jmp $` at the reset vector: the trap itself, on whatever runs guests here.
     monkeypatch.setitem(
-        module.PROBE_GUESTS,
+        accelerator.PROBE_GUESTS,
         "x86_64",
-        replace(module.PROBE_GUESTS["x86_64"], firmware=bytes(0xFFF0) + b"\xeb\xfe" + bytes(14)),
+        replace(accelerator.PROBE_GUESTS["x86_64"], firmware=bytes(0xFFF0) + b"\xeb\xfe" + bytes(14)),
     )
     started = time.monotonic()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look)
-        verdict = await module.run_guest(shutil.which("qemu-system-x86_64") or "", "x86_64", "tcg", "max")
+        verdict = await accelerator.run_guest(
+            shutil.which("qemu-system-x86_64") or "", "x86_64", "tcg", "max"
+        )
         nursery.cancel_scope.cancel()
     assert seen  # there was something to leave
-    assert module.GUEST_DEADLINE <= time.monotonic() - started < BOUND
+    assert accelerator.GUEST_DEADLINE <= time.monotonic() - started < BOUND
     assert not verdict.works
     assert "not done after 2 s" in verdict.text
     assert running(tmp_path) == []

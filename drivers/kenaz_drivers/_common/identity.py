@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from kenaz_drivers.contract import JsonObject
 
+if sys.platform == "win32":
+    from kenaz_drivers._common import windows
+
 
 class Status(NamedTuple):
     """A process as it is now; all empty when there is none of that number."""
@@ -40,7 +43,8 @@ def status(pid: int) -> Status:
         fields = text.rpartition(")")[2].split()  # the name in field 2 may hold spaces and parentheses
         found = Status(fields[0], fields[19], int(fields[3]))
     elif sys.platform == "win32":
-        found = _NONE
+        began = windows.started(windows.load(), pid)
+        found = Status("R", began, 0) if began else _NONE
     else:
         command = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -16,13 +17,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import trio
 
 from kenaz_drivers._common.identity import identify
 from kenaz_drivers._common.terminate import undead
 from kenaz_drivers.contract import MARK, DriverError, JsonObject
+
+if sys.platform == "win32":
+    from kenaz_drivers._common import windows
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -104,6 +108,23 @@ else:
         return trio.lowlevel.FdStream(ours), theirs
 
 
+if sys.platform == "win32":
+
+    @functools.cache
+    def _job() -> windows.Job:
+        """The one of this process, for all its children."""
+        return windows.Job(windows.load())
+
+    def _tied(wanted: Mapping[int, int]) -> dict[str, Any]:
+        return {"creationflags": windows.CREATE_SUSPENDED | subprocess.CREATE_NO_WINDOW}
+
+else:
+
+    def _tied(wanted: Mapping[int, int]) -> dict[str, Any]:
+        """How Popen ties a child to us, the guard besides."""
+        return {"pass_fds": tuple(wanted.values()), "start_new_session": True}
+
+
 def spawn(
     argv: Sequence[str],
     *,
@@ -142,14 +163,15 @@ def spawn(
             stderr=stderr,
             env=None if env is None else dict(env),
             cwd=cwd,
-            pass_fds=tuple(wanted.values()),
-            start_new_session=True,
+            **_tied(wanted),
         )
     except (OSError, ValueError) as error:
         none_left = isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}
         mend = "raise the limit of open files: ulimit -n" if none_left else ""
         raise DriverError(f"cannot start {argv[0]}: {error}", hint=mend) from error
     pidfd = None
+    if sys.platform == "win32":
+        _job().add(popen.pid)
     if sys.platform == "linux":
         try:
             pidfd = os.pidfd_open(popen.pid)
@@ -166,6 +188,55 @@ class Captured:
     text: str
 
 
+if sys.platform == "win32":
+
+    async def _output(
+        argv: Sequence[str], output: bytearray, limit: int, environment: Mapping[str, str] | None
+    ) -> int | None:
+        """Runs it as its own: trio ends it where this is cancelled."""
+        flags = windows.CREATE_SUSPENDED | subprocess.CREATE_NO_WINDOW
+        try:
+            process = await trio.lowlevel.open_process(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                creationflags=flags,
+            )
+        except OSError as error:
+            raise DriverError(f"cannot start {argv[0]}: {error}") from error
+        try:
+            _job().add(process.pid)
+            assert process.stdout is not None
+            async for data in process.stdout:
+                output += data[: limit - len(output)]
+            return await process.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                process.kill()
+                await process.wait()
+
+else:
+
+    async def _output(
+        argv: Sequence[str], output: bytearray, limit: int, environment: Mapping[str, str] | None
+    ) -> int | None:
+        """Runs it, keeps what it prints, and returns its exit code; whatever happens, no process is left."""
+        stream, theirs = open_pipe()
+        async with stream:
+            try:
+                child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
+            finally:
+                os.close(theirs)
+            try:
+                async for data in stream:
+                    output += data[: limit - len(output)]
+                return await child.wait()
+            finally:
+                await child.end()
+
+
 async def capture(
     argv: Sequence[str],
     *,
@@ -178,19 +249,8 @@ async def capture(
     `environment` is all that it gets of one; unless given, no more than a neutral language. Whatever happens,
     cancellation included, no process is left. Raises DriverError like `spawn`.
     """
-    stream, theirs = open_pipe()
     output = bytearray()
-    async with stream:
-        try:
-            child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
-        finally:
-            os.close(theirs)
-        code: int | None = None
-        try:
-            with trio.move_on_after(deadline):
-                async for data in stream:
-                    output += data[: limit - len(output)]
-                code = await child.wait()
-        finally:
-            await child.end()
+    code: int | None = None
+    with trio.move_on_after(deadline):
+        code = await _output(argv, output, limit, environment)
     return Captured(code, output.decode("utf-8", "replace"))

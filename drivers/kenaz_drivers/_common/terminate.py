@@ -17,6 +17,9 @@ import trio
 from kenaz_drivers._common.identity import boot_id, is_alive, runs, status
 from kenaz_drivers.contract import MARK, DriverError, JsonObject
 
+if sys.platform == "win32":
+    from kenaz_drivers._common import windows
+
 _POLL = 0.05  # seconds between looks at a process that cannot be waited for
 _AT_ONCE = 256  # processes that are held at a time, each by a descriptor
 
@@ -33,9 +36,14 @@ async def terminate(handle: JsonObject, *, alone: bool = False, deadline: float 
         if sys.platform == "linux":
             while _kin(handle, alone):
                 await _end(handle, alone)
-        elif sys.platform == "win32" or "pid" not in handle:
-            what = f"process {handle['pid']}" if "pid" in handle else "a process that nobody saw start"
-            raise DriverError(f"{what} cannot be told from others here", hint="end it by hand")
+        elif "pid" not in handle:
+            raise DriverError(
+                "a process that nobody saw start cannot be told from others here", hint="end it by hand"
+            )
+        elif sys.platform == "win32":
+            kernel = windows.load()
+            while windows.end(kernel, int(handle["pid"]), str(handle["start_time"])):  # noqa: ASYNC110
+                await trio.sleep(_POLL)
         else:
             while is_alive(handle):
                 os.kill(int(handle["pid"]), signal.SIGKILL)
@@ -58,14 +66,17 @@ def _kin(handle: JsonObject, alone: bool) -> dict[int, str]:
         return {}
     itself = int(handle["pid"]) if "pid" in handle and is_alive(handle) else 0
     found = {itself: str(handle["start_time"])} if itself else {}
-    if alone or sys.platform != "linux":
-        return found
+    return found if alone else _with_kin(handle, found, itself)
+
+
+def _with_kin(handle: JsonObject, found: dict[int, str], itself: int) -> dict[int, str]:
+    """`found`, with what has come of that process. Nothing tells outside of Linux: there is no /proc."""
     led, mark = int(handle.get("pid", 0)), str(handle.get("mark", ""))
     if led and not itself and not mark:
         return {}  # nothing could prove that a process is its own
     proven = bool(itself)
     mates: dict[int, str] = {}
-    for name in os.listdir("/proc"):  # noqa: PTH208  # no paths are needed, of hundreds of processes
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():  # noqa: PTH208  # no paths are needed, of hundreds of processes
         if not name.isdecimal() or (pid := int(name)) == os.getpid():
             continue
         seen = status(pid)

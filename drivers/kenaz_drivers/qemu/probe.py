@@ -92,10 +92,6 @@ def _choose(wanted: str, facts: Facts, verdicts: Mapping[str, Verdict]) -> tuple
 
 def find_binary(arch: str, wanted: str = "") -> str:
     """The path of QEMU for that architecture. Raises DriverError."""
-    if os.name == "nt":
-        raise DriverError(
-            "this driver passes open files to QEMU, which Windows cannot", hint="driver: hyperv"
-        )
     if wanted:
         if not os.access(wanted, os.X_OK) or not Path(wanted).is_file():
             raise DriverError(f"{wanted} is no program", hint="driverOptions.qemu.binary: the path of QEMU")

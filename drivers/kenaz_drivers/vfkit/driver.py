@@ -265,8 +265,13 @@ def _remove(files: tuple[str, ...]) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def _open_terminal() -> tuple[int, int]:
-    """A terminal that nobody types at: vfkit sets its stdin to raw mode, and ends where that is none."""
-    if sys.platform == "win32":
+if sys.platform == "win32":
+
+    def _open_terminal() -> tuple[int, int]:
         raise DriverError("vfkit needs a terminal, which this platform has not", hint="driver: hyperv")
-    return os.openpty()
+
+else:
+
+    def _open_terminal() -> tuple[int, int]:
+        """A terminal that nobody types at: vfkit sets its stdin to raw mode, and ends where that is none."""
+        return os.openpty()

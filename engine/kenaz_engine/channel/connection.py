@@ -3,7 +3,7 @@ else by one task."""
 
 from __future__ import annotations
 
-import os
+import sys
 from collections import deque
 
 import trio
@@ -20,6 +20,14 @@ BATCH = 256 * 1024
 
 PARTS = 256
 """Pieces that are written at once: the least that systems allow is 1024."""
+
+if sys.platform == "win32":
+
+    def _writev(descriptor: int, pieces: list[bytes]) -> int:
+        raise BlockingIOError("nothing is gathered on this system")
+
+else:
+    from os import writev as _writev
 
 
 class FrameQueue:
@@ -113,7 +121,7 @@ class Connection:
         self._ack = b""
         self._rest = b""  # of a frame that the stream has taken in part
         # A stream that is a socket may be written without its task, and from several pieces of memory.
-        self._gathers = hasattr(os, "writev") and isinstance(stream, trio.SocketStream)
+        self._gathers = sys.platform != "win32" and isinstance(stream, trio.SocketStream)
         self._fd = stream.socket.fileno() if isinstance(stream, trio.SocketStream) else -1
         self.outbox = Outbox(queue)
         self.inbox: Inbox | None = None
@@ -245,7 +253,7 @@ class Connection:
             return
         parts = self._gather()
         try:
-            written = os.writev(self._fd, parts)
+            written = _writev(self._fd, parts)
         except BlockingIOError:
             written = 0
         except OSError as exc:

@@ -15,6 +15,8 @@ import os
 import sys
 import time
 
+assert sys.platform != "win32"  # a guest is Linux, and where it is a process there are UNIX sockets
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -340,7 +342,7 @@ def open_channel(channel: str) -> int:
     address: Any
     if kind == "unix":
         family, address = socket.AF_UNIX, rest
-    elif kind == "vsock":
+    elif kind == "vsock" and sys.platform == "linux":
         cid, _, port = rest.partition(":")
         family, address = socket.AF_VSOCK, (int(cid), int(port))
     else:
@@ -565,7 +567,10 @@ def say(text: str) -> None:
 
 def boottime() -> float:
     """Seconds since the kernel started, sleep included."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    clock = time.CLOCK_MONOTONIC  # of macOS, where the agent runs as a process
+    if sys.platform == "linux":
+        clock = time.CLOCK_BOOTTIME
+    return time.clock_gettime(clock)
 
 
 # A command of the host's ----------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ docs/reference/image.md). They appear whole or not at all, and are built again w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,15 +115,35 @@ def _run(
     return (done.stderr if complaints else done.stdout).decode(errors="replace")
 
 
+if sys.platform == "win32":
+
+    def _is_root() -> bool:
+        return False
+
+    def _try_lock(lock: TextIO, *, wait: bool) -> bool:
+        raise BuildError("images are built on Linux, from Debian packages", "fetch one: image pull")
+
+else:
+    import fcntl
+
+    def _is_root() -> bool:
+        return os.geteuid() == 0
+
+    def _try_lock(lock: TextIO, *, wait: bool) -> bool:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+
 @contextmanager
 def _locked(path: Path, report: Report) -> Iterator[TextIO]:
     """Holds the kernel's lock on `path`, which stays: unlinking a lock file lets two in."""
     with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(lock, wait=False):
             report("waiting for another build of the same image")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _try_lock(lock, wait=True)
         lock.seek(0)
         yield lock
 
@@ -323,7 +343,7 @@ def _download(target: Architecture, packages: Mapping[str, str], into: Path) -> 
     """Downloads each package; apt checks it against the signed package lists."""
     names = [f"{name}:{target.debian}={version}" for name, version in packages.items()]
     # apt would drop to a user of its own that cannot write here.
-    sandbox = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
+    sandbox = ["-o", "APT::Sandbox::User=root"] if _is_root() else []
     try:
         _run("apt-get", "download", *sandbox, *names, cwd=into)
     except BuildError as error:

@@ -41,7 +41,7 @@ def write_config_disk(path: Path, files: Mapping[str, bytes]) -> None:
     OSError as the file system has them; nothing is left behind then. Takes 2 ms, and the first time 30 ms.
     """
     content = _iso9660(files)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             path.chmod(0o600)  # whatever the umask takes away

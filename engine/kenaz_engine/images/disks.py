@@ -60,7 +60,7 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
     if not base.is_absolute():
         raise ValueError(f"the base of a disk needs an absolute path, not {base}")
     _check(base, base_format, disk_format, size)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         path.chmod(0o600)
         with _room(path):
@@ -107,7 +107,7 @@ def _write_overlay(file: int, base: Path, base_format: str, size: int) -> None:
 
 
 async def _copy(file: int, base: Path, size: int) -> str:
-    source = os.open(base, os.O_RDONLY | os.O_CLOEXEC)
+    source = os.open(base, os.O_RDONLY)
     try:
         if _reflink(source, file):
             how = "reflink"
@@ -134,19 +134,19 @@ def _copy_piece(source: int, file: int, offset: int, length: int) -> None:
 def _extents(file: int) -> Iterator[tuple[int, int]]:
     """Where the file holds data; all of it where the platform does not tell."""
     end = os.fstat(file).st_size
-    if not hasattr(os, "SEEK_DATA"):
+    if sys.platform == "win32" or not hasattr(os, "SEEK_DATA"):
         yield 0, end
-        return
-    at = 0
-    while at < end:
-        try:
-            start = os.lseek(file, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # holes up to the end
-                return
-            raise
-        at = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, at
+    else:
+        at = 0
+        while at < end:
+            try:
+                start = os.lseek(file, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # holes up to the end
+                    return
+                raise
+            at = os.lseek(file, start, os.SEEK_HOLE)
+            yield start, at
 
 
 def _write(file: int, data: bytes) -> None:

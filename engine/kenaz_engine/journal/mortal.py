@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -47,5 +48,8 @@ def _asked() -> tuple[str, int]:
 
 
 def _die() -> NoReturn:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("nobody survives that")
+    if sys.platform == "win32":
+        os._exit(9)
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("nobody survives that")

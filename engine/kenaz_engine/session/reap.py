@@ -241,14 +241,13 @@ async def _end_processes(header: Mapping[str, Any], deadline: float) -> None:
         if trio.current_time() >= patience:
             raise Refused(f"its launcher, process {launcher['pid']}, still runs, without its lock")
         await trio.sleep(0.01)
-    if sys.platform != "linux":
-        return
-    # Before any file goes, lest a child still at work make it again.
-    handle = {"mark": header["mark"], "boot_id": launcher["boot_id"]}
-    try:
-        await terminate(handle, deadline=max(0.1, min(5.0, deadline - trio.current_time())))
-    except DriverError as exc:
-        raise Refused(str(exc)) from exc
+    if sys.platform == "linux":
+        # Before any file goes, lest a child still at work make it again.
+        handle = {"mark": header["mark"], "boot_id": launcher["boot_id"]}
+        try:
+            await terminate(handle, deadline=max(0.1, min(5.0, deadline - trio.current_time())))
+        except DriverError as exc:
+            raise Refused(str(exc)) from exc
 
 
 async def _release(

@@ -25,6 +25,24 @@ SUN_PATH = 108 if sys.platform == "linux" else 104
 
 BACKLOG = 4
 
+if sys.platform == "win32":
+
+    def _user() -> int:
+        return 0
+
+    def _unix_socket() -> socket.socket:
+        raise TransportError("this system has no UNIX sockets that Python can use", hint="use Linux or macOS")
+
+    def _user_only(descriptor: int, mode: int) -> None:
+        raise NotImplementedError
+
+else:
+    from os import fchmod as _user_only
+    from os import geteuid as _user
+
+    def _unix_socket() -> socket.socket:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
 
 class UnixListener:
     """Made by `listen_unix`."""
@@ -45,7 +63,7 @@ class UnixListener:
         while True:
             stream = trio.SocketStream(await accept_socket(self._socket))
             uid, pid = _credentials(stream.socket)
-            if uid in (os.geteuid(), 0):
+            if uid in (_user(), 0):
                 return Accepted(stream, f"uid {uid} pid {pid}")
             await trio.aclose_forcefully(stream)
 
@@ -72,11 +90,11 @@ def listen_unix(path: str | os.PathLike[str]) -> UnixListener:
             f"(sun_path is {SUN_PATH})",
             hint="set XDG_RUNTIME_DIR to a shorter directory",
         )
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening = _unix_socket()
     try:
         _require_private(place.parent)
         # On Linux the file is born with the mode of the unbound socket; elsewhere chmod has to follow.
-        os.fchmod(listening.fileno(), 0o600)
+        _user_only(listening.fileno(), 0o600)
         listening.bind(str(place))
         place.chmod(0o600)
         listening.listen(BACKLOG)
@@ -115,7 +133,7 @@ async def dial_unix(path: str | os.PathLike[str]) -> trio.SocketStream:
 
 def _require_private(directory: Path) -> None:
     status = directory.stat()
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+    if status.st_uid != _user() or stat.S_IMODE(status.st_mode) & 0o077:
         raise TransportError(
             f"{directory}: others may enter this directory, and so dial the channel",
             hint="make it yours alone: chmod 700",
@@ -126,7 +144,7 @@ def _credentials(connected: trio.socket.SocketType) -> tuple[int, int]:
     """User and process id of the peer; where the system does not tell, those that the directory admits."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
-        return os.geteuid(), 0
+        return _user(), 0
     size = struct.calcsize("3i")
     pid, uid, _gid = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, option, size))
     return uid, pid

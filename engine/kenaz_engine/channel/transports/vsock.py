@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,13 +144,8 @@ def listen_vsock(port: int, *, cid: int, or_another: bool = False) -> VsockListe
     """
     if port in _ports:
         return _ports[port].join(cid)
-    family = getattr(socket, "AF_VSOCK", None)
-    if family is None:
-        raise TransportError(
-            "this system has no AF_VSOCK", hint="set spec.channel.transport to virtio-serial or auto"
-        )
     try:
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening = socket.socket(_family(), socket.SOCK_STREAM)
     except OSError as exc:
         raise TransportError(
             f"AF_VSOCK cannot be used: {exc.strerror or exc}", hint="load the kernel module vsock"
@@ -171,9 +167,18 @@ def listen_vsock(port: int, *, cid: int, or_another: bool = False) -> VsockListe
     return shared.join(cid)
 
 
+def _family() -> int:
+    family: int | None = getattr(socket, "AF_VSOCK", None)
+    if family is None:
+        raise TransportError(
+            "this system has no AF_VSOCK", hint="set spec.channel.transport to virtio-serial or auto"
+        )
+    return family
+
+
 async def dial_vsock(cid: int, port: int) -> trio.SocketStream:
     """Connects to a port of the guest of that CID. The kernel gives up after 2 s. Raises TransportError."""
-    dialling = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    dialling = trio.socket.socket(_family(), socket.SOCK_STREAM)
     try:
         await dialling.connect((cid, port))
     except BaseException as exc:
@@ -189,6 +194,15 @@ async def dial_vsock(cid: int, port: int) -> trio.SocketStream:
     return trio.SocketStream(dialling)
 
 
+if sys.platform == "linux":
+    from fcntl import ioctl as _ioctl
+
+else:
+
+    def _ioctl(file: int, request: int, argument: bytes) -> object:
+        raise OSError(errno.ENODEV, "there are no such devices on this system")
+
+
 def claim_cid(
     *,
     device: str = DEVICE,
@@ -200,14 +214,11 @@ def claim_cid(
     Starts at `first`, else at a random one: a CID that was just freed may still be in somebody's tables.
     `ioctl` is fcntl's unless given. Raises TransportError.
     """
-    if ioctl is None:
-        import fcntl  # not on every platform
-
-        ioctl = fcntl.ioctl
+    ioctl = ioctl or _ioctl
     if first is None:
         first = FIRST_CID + secrets.randbelow(LAST_CID - FIRST_CID + 1)
     try:
-        file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        file = os.open(device, os.O_RDWR)
     except OSError as exc:
         hint = {
             errno.ENOENT: "load the kernel module vhost_vsock",
