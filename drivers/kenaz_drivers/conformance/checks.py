@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -601,7 +600,7 @@ async def a_killed_launcher_leaves_what_release_can_end(kit: Kit) -> None:
                     data = await launcher.stdout.receive_some()
                     assert data, "the machine did not start"
                     said += data
-            launcher.send_signal(signal.SIGKILL)
+            launcher.kill()
             await launcher.wait()
         with within(SOON):
             await kit.driver.release(json.loads(said))

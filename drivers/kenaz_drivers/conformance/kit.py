@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import trio
 
+from kenaz_drivers._common.unix import unix_socket
 from kenaz_drivers.conformance.guests import UP, Behaviour, Guests, guests_for
 from kenaz_drivers.contract import (
     Capabilities,
@@ -184,7 +184,7 @@ async def listening(path: str) -> AsyncIterator[trio.Event]:
     if not path:
         yield connected
         return
-    bound = socket.socket(socket.AF_UNIX)
+    bound = unix_socket()
     bound.bind(path)
     bound.listen(4)
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
@@ -241,9 +241,9 @@ class Traces:
 
 
 def _descriptors() -> dict[int, str]:
-    if sys.platform != "linux":
-        return {}
-    found = {}
+    found: dict[int, str] = {}
+    if not Path("/proc/self/fd").is_dir():
+        return found
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  # numbers are wanted, no paths
         try:
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115  # it need not be a path

@@ -23,6 +23,7 @@ from kenaz_drivers._common.background import open_background
 from kenaz_drivers._common.output import Console, LogTail
 from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
+from kenaz_drivers._common.unix import unix_socket
 from kenaz_drivers.contract import (
     MARK,
     Capabilities,
@@ -366,7 +367,7 @@ class LibvirtDriver:
 
 def _listen(path: Path) -> socket.socket:
     """Raises DriverError when QEMU could not connect there."""
-    listening = socket.socket(socket.AF_UNIX)
+    listening = unix_socket()
     try:
         listening.bind(str(path))
         path.chmod(0o600)

@@ -42,7 +42,7 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
 
 
 async def _probe(arch: str, options: JsonObject) -> Capabilities:
-    if sys.platform == "win32":
+    if os.name != "posix":
         raise DriverError("this driver needs UNIX sockets for console and channel", hint="driver: hyperv")
     virsh = shutil.which("virsh")
     if virsh is None:
@@ -92,9 +92,9 @@ def default_uri() -> str:
 
 def _owner(uri: str) -> tuple[int, int] | None:
     """QEMU runs as whoever starts the session, so that it reads what that user can, and no more."""
-    if sys.platform == "win32" or urlsplit(uri).path != "/system":
-        return None
-    return os.geteuid(), os.getegid()
+    if sys.platform != "win32" and urlsplit(uri).path == "/system":
+        return os.geteuid(), os.getegid()
+    return None
 
 
 def _emulators(text: str) -> Iterator[tuple[str, str]]:
