@@ -70,9 +70,8 @@ async def test_descriptors_get_the_numbers_asked_for_even_crosswise():
         a, b = left.fileno(), right.fileno()
         script = "readlink /proc/self/fd/{}"
         for theirs, ours in {a: b, b: a}.items():
-            stream, out = module.open_pipe()
-            child = spawn(["sh", "-c", script.format(theirs)], descriptors={a: b, b: a}, stdout=out)
-            os.close(out)
+            with module.open_pipe() as (stream, out):
+                child = spawn(["sh", "-c", script.format(theirs)], descriptors={a: b, b: a}, stdout=out)
             async with stream:
                 said = b"".join([data async for data in stream]).decode().strip()
             await child.wait()
@@ -83,9 +82,8 @@ async def test_other_descriptors_and_the_sources_are_closed():
     left, right = socket.socketpair()
     with left, right:
         captured_fd = left.fileno()
-        stream, out = module.open_pipe()
-        child = spawn(["ls", "/proc/self/fd"], descriptors={9: captured_fd}, stdout=out)
-        os.close(out)
+        with module.open_pipe() as (stream, out):
+            child = spawn(["ls", "/proc/self/fd"], descriptors={9: captured_fd}, stdout=out)
         async with stream:
             said = b"".join([data async for data in stream]).split()
         await child.wait()
@@ -93,12 +91,11 @@ async def test_other_descriptors_and_the_sources_are_closed():
 
 
 async def test_limits_and_the_bar_on_privileges_reach_the_program():
-    stream, out = module.open_pipe()
     script = "ulimit -c; ulimit -d; grep NoNewPrivs /proc/self/status"
-    child = spawn(
-        ["sh", "-c", script], stdout=out, limits={"core": 0, "data": 1 << 30}, no_new_privileges=True
-    )
-    os.close(out)
+    with module.open_pipe() as (stream, out):
+        child = spawn(
+            ["sh", "-c", script], stdout=out, limits={"core": 0, "data": 1 << 30}, no_new_privileges=True
+        )
     async with stream:
         said = b"".join([data async for data in stream]).split()
     assert await child.wait() == 0

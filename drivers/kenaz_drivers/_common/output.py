@@ -8,12 +8,24 @@ import trio
 
 
 class LogTail:
-    """The last lines of a text that comes in chunks. Bounded, whatever the child prints."""
+    """The last lines of a text that comes in chunks. Bounded, whatever the child prints.
+
+    `ended` is set when a stream that was given to `read` has ended.
+    """
 
     def __init__(self, lines: int = 40, width: int = 400) -> None:
         self._lines: deque[str] = deque(maxlen=lines)
         self._width = width
         self._rest = b""
+        self.ended = trio.Event()
+
+    async def read(self, stream: trio.abc.ReceiveStream) -> None:
+        """Keeps flowing what a child prints, and its last lines."""
+        try:
+            async for data in Console(stream):
+                self.feed(data)
+        finally:
+            self.ended.set()
 
     def feed(self, data: bytes) -> None:
         *whole, rest = (self._rest + data).split(b"\n")

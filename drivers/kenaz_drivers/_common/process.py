@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -97,15 +97,30 @@ class ChildProcess:
 
 if sys.platform == "win32":
 
-    def open_pipe() -> tuple[trio.abc.ReceiveStream, int]:
+    def _pipe() -> tuple[Any, int]:
         raise DriverError("a child's output cannot be read on this platform", hint="use WSL")
 
 else:
 
-    def open_pipe() -> tuple[trio.abc.ReceiveStream, int]:
-        """A pipe to read a child's output from, and the end to give to `spawn` and to close then."""
+    def _pipe() -> tuple[Any, int]:
         ours, theirs = os.pipe()
         return trio.lowlevel.FdStream(ours), theirs
+
+
+@contextlib.contextmanager
+def open_pipe() -> Iterator[tuple[trio.abc.ReceiveStream, int]]:
+    """A pipe to read a child's output from, and the end to give to `spawn` within the block.
+
+    That end is closed with the block; where the block raises, all of the pipe is.
+    """
+    ours, theirs = _pipe()
+    try:
+        yield ours, theirs
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        os.close(theirs)
 
 
 if sys.platform == "win32":
@@ -223,12 +238,9 @@ else:
         argv: Sequence[str], output: bytearray, limit: int, environment: Mapping[str, str] | None
     ) -> int | None:
         """Runs it, keeps what it prints, and returns its exit code; whatever happens, no process is left."""
-        stream, theirs = open_pipe()
+        with open_pipe() as (stream, theirs):
+            child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
         async with stream:
-            try:
-                child = spawn(argv, stdout=theirs, stderr=theirs, env=environment or {"LC_ALL": "C.UTF-8"})
-            finally:
-                os.close(theirs)
             try:
                 async for data in stream:
                     output += data[: limit - len(output)]

@@ -75,7 +75,6 @@ class LibvirtMachine:
         self._rebooted = trio.Event()
         self._closings = 0
         self._log = LogTail()
-        self._log_ended = trio.Event()
         self._exit: Exit | None = None
         self._left: DriverError | None = None
         self._gone = trio.Event()
@@ -114,14 +113,11 @@ class LibvirtMachine:
         """
         with contextlib.suppress(DriverError):
             await self._until(lambda: self._made)
-            output, output_end = open_pipe()
+            command = f"qemu-monitor-event --domain {self._uuid} --loop"
+            argv = [self._virsh, "-c", self._uri, "--quiet", command]
+            with open_pipe() as (output, output_end):
+                child = spawn(argv, stdout=output_end, env=environment)
             async with output:
-                try:
-                    command = f"qemu-monitor-event --domain {self._uuid} --loop"
-                    argv = [self._virsh, "-c", self._uri, "--quiet", command]
-                    child = spawn(argv, stdout=output_end, env=environment)
-                finally:
-                    os.close(output_end)
                 try:
                     async for line in _Lines(output):
                         if (told := parse_monitor(line)) is not None:
@@ -137,18 +133,14 @@ class LibvirtMachine:
             await destroy(self._virsh, self._uri, self._uuid)
 
     async def read_log(self, stream: trio.abc.ReceiveStream) -> None:
-        """Keeps what virsh says on stderr flowing, and its last lines."""
-        try:
-            async for data in Console(stream):
-                self._log.feed(data)
-        finally:
-            self._log_ended.set()
+        """Reads what virsh says on stderr."""
+        await self._log.read(stream)
 
     async def watch(self) -> None:
         """Waits for the end of the owner, which is that of the domain, and makes it known."""
         await self._child.wait()
         with trio.move_on_after(DRAIN_GRACE):
-            await self._log_ended.wait()
+            await self._log.ended.wait()
         if self._stopped:
             self._exit = describe_exit(self._events)
         else:
@@ -319,25 +311,18 @@ class LibvirtDriver:
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(_listen(console))
             stack.callback(console.unlink, missing_ok=True)
-            output, output_end = open_pipe()
-            log, log_end = open_pipe()
-            try:
-                with _readable(plan.stdin) as stdin:
-                    child = spawn(
-                        plan.argv,
-                        stdin=stdin,
-                        stdout=output_end,
-                        stderr=log_end,
-                        env={**environment(), **plan.environment},
-                    )
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await output.aclose()
-                    await log.aclose()
-                raise
-            finally:
-                os.close(output_end)
-                os.close(log_end)
+            with (
+                _readable(plan.stdin) as stdin,
+                open_pipe() as (output, output_end),
+                open_pipe() as (log, log_end),
+            ):
+                child = spawn(
+                    plan.argv,
+                    stdin=stdin,
+                    stdout=output_end,
+                    stderr=log_end,
+                    env={**environment(), **plan.environment},
+                )
             machine = LibvirtMachine(plan.data, child, listening)
             async with open_background() as background:
                 background.start_soon(lambda: machine.follow(output))

@@ -6,7 +6,6 @@ It keeps it from nothing else: the agent runs as the user who runs the launcher.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -149,8 +148,7 @@ class ProcessDriver:
 
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[ProcessMachine]:
-        console, theirs = open_pipe()
-        try:
+        with open_pipe() as (console, theirs):
             child = spawn(
                 plan.argv,
                 stdout=theirs,
@@ -160,12 +158,6 @@ class ProcessDriver:
                 limits=plan.data["limits"],
                 no_new_privileges=True,
             )
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await console.aclose()
-            raise
-        finally:
-            os.close(theirs)
         machine = ProcessMachine(child, console)
         async with open_background() as background:
             background.start_soon(machine.watch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -88,7 +87,6 @@ class QemuMachine:
         self._qmp = QmpClient(qmp, self._on_event)
         self._console = console
         self._log = LogTail()
-        self._log_ended = trio.Event()
         self._shutdown = ""
         self._port_opened = False
         self._port_changed = trio.Event()
@@ -111,19 +109,15 @@ class QemuMachine:
         await self._qmp.run()
 
     async def read_log(self, stream: trio.abc.ReceiveStream) -> None:
-        """Keeps what QEMU says on stderr flowing, and its last lines."""
-        try:
-            async for data in Console(stream):
-                self._log.feed(data)
-        finally:
-            self._log_ended.set()
+        """Reads what QEMU says on stderr."""
+        await self._log.read(stream)
 
     async def watch(self) -> None:
         """Waits for the end of QEMU and makes it known."""
         code = await self._child.wait()
         with trio.move_on_after(DRAIN_GRACE):
             await self._qmp.ended.wait()
-            await self._log_ended.wait()
+            await self._log.ended.wait()
         self._exit = describe_exit(code, self._shutdown, self._log.lines())
         self._gone.set()
 
@@ -264,26 +258,23 @@ class QemuDriver:
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[QemuMachine]:
         own = {"qmp": socket.socketpair(), "console": socket.socketpair()}
-        log, log_end = open_pipe()
         try:
             numbers = {purpose: theirs.fileno() for purpose, (_, theirs) in own.items()} | dict(descriptors)
             missing = [purpose for purpose in plan.descriptors.values() if purpose not in numbers]
             if missing:
                 raise DriverError(f"QEMU needs an open descriptor for {', '.join(missing)}")
-            child = spawn(
-                plan.argv,
-                descriptors={number: numbers[purpose] for number, purpose in plan.descriptors.items()},
-                stderr=log_end,
-                env=plan.environment,
-            )
+            with open_pipe() as (log, log_end):
+                child = spawn(
+                    plan.argv,
+                    descriptors={number: numbers[purpose] for number, purpose in plan.descriptors.items()},
+                    stderr=log_end,
+                    env=plan.environment,
+                )
         except BaseException:
             for ours, _ in own.values():
                 ours.close()
-            with trio.CancelScope(shield=True):
-                await log.aclose()
             raise
         finally:
-            os.close(log_end)
             for _, theirs in own.values():
                 theirs.close()
 

@@ -96,7 +96,6 @@ class VfkitMachine:
         self._console = console
         self._files = files
         self._log = LogTail()
-        self._log_ended = trio.Event()
         self._no_channel = ""
         self._cut = False
         self._exit: Exit | None = None
@@ -116,13 +115,13 @@ class VfkitMachine:
                     self._no_channel = warned[-1]
                     self._child.kill_group()
         finally:
-            self._log_ended.set()
+            self._log.ended.set()
 
     async def watch(self) -> None:
         """Waits for the end of vfkit and makes it known; then ends the console."""
         code = await self._child.wait()
         with trio.move_on_after(DRAIN_GRACE):
-            await self._log_ended.wait()
+            await self._log.ended.wait()
         self._exit = describe_exit(code, cut=self._cut, log=self._log.lines(), no_channel=self._no_channel)
         self._gone.set()
         await trio.sleep(DRAIN_GRACE)
@@ -225,20 +224,17 @@ class VfkitDriver:
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[VfkitMachine]:
         rest, files = str(plan.data["rest"]), tuple(plan.data["files"])
         _remove(files)  # vfkit ends where there is a socket already
-        console, console_end = open_pipe()
-        log, log_end = open_pipe()
-        terminal, stdin = _open_terminal()
-        try:
-            child = spawn(plan.argv, stdin=stdin, stdout=console_end, stderr=log_end, env=plan.environment)
-        except BaseException:
-            os.close(terminal)
-            with trio.CancelScope(shield=True):
-                await console.aclose()
-                await log.aclose()
-            raise
-        finally:
-            for end in (console_end, log_end, stdin):
-                os.close(end)
+        with open_pipe() as (console, console_end), open_pipe() as (log, log_end):
+            terminal, stdin = _open_terminal()
+            try:
+                child = spawn(
+                    plan.argv, stdin=stdin, stdout=console_end, stderr=log_end, env=plan.environment
+                )
+            except BaseException:
+                os.close(terminal)
+                raise
+            finally:
+                os.close(stdin)
         machine = VfkitMachine(child, RestClient(rest), console, files)
         async with open_background() as background:
             background.start_soon(lambda: machine.read_log(log))

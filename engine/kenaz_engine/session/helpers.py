@@ -87,8 +87,7 @@ async def start_helper(work: Work, helper: Helper, mark: str, died: Callable[[st
     resource = f"helper.{helper.name}"
 
     async def make() -> tuple[Made, Supervised]:
-        log, theirs = open_pipe()
-        try:
+        with open_pipe() as (log, theirs):
             child = spawn(
                 helper.argv,
                 stdout=theirs,
@@ -96,12 +95,6 @@ async def start_helper(work: Work, helper: Helper, mark: str, died: Callable[[st
                 env={**helper.environment, MARK: mark},
                 no_new_privileges=True,
             )
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await log.aclose()
-            raise
-        finally:
-            os.close(theirs)
         supervised = Supervised(helper, child)
         await work.start(partial(supervised.own, log))
         handle = {**child.handle, "sockets": list(helper.sockets)}

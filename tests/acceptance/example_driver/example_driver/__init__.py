@@ -1,6 +1,5 @@
 """A driver of somebody else: the agent as a child, the shortest one that keeps all promises."""
 
-import os
 import signal
 from contextlib import asynccontextmanager
 from typing import ClassVar
@@ -87,17 +86,10 @@ class ExampleDriver:
 
     @asynccontextmanager
     async def launch(self, plan, descriptors):
-        console, theirs = open_pipe()
-        try:
+        with open_pipe() as (console, theirs):
             child = spawn(
                 plan.argv, stdout=theirs, stderr=theirs, env=plan.environment, cwd=plan.data["directory"]
             )
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await console.aclose()
-            raise
-        finally:
-            os.close(theirs)
         machine = ExampleMachine(child, console)
         async with open_background() as background:
             background.start_soon(machine.watch)
