@@ -71,15 +71,22 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
     accelerator, chosen = _choose(
         str(options.get("accel", "auto")), emulators, await _kvm(arch, emulators, options)
     )
+    # libvirt opens it for QEMU. Its `domcapabilities` tell of the QEMU only, not of the host's device.
+    vsock = open_device("/dev/vhost-vsock", "vhost_vsock")
+    if vsock.works:
+        reasons.append(Reason(True, "/dev/vhost-vsock opens"))
+    else:
+        reasons.append(Reason(False, f"{vsock.text}: the channel goes over virtio-serial", vsock.mend))
     fallback = "; ".join(reason.text for reason in chosen if not reason.ok)
     return Capabilities(
         usable=bool(accelerator),
-        reasons=(*reasons, *chosen),
+        reasons=(reasons[0], *chosen, *reasons[1:]),
         arch=arch,
         accelerator=accelerator or "none",
         deadline_scale=TCG_SCALE if accelerator == "tcg" else 1.0,
-        transports=("virtio-serial",),
+        transports=("vsock", "virtio-serial") if vsock.works else ("virtio-serial",),
         disk_formats=("qcow2", "raw"),
+        assigns_cid=True,
         data={"facts": json.loads(json.dumps(asdict(facts))), "fallback": fallback},
     )
 
