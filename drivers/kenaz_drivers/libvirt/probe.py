@@ -25,6 +25,9 @@ from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
 from kenaz_drivers.libvirt.domain import Facts, machine_of
 from kenaz_drivers.libvirt.virsh import call, failure
 
+PROBE_DEADLINE = 12.0
+"""Seconds for all that is asked: 0.06, or 9 of a daemon that has just started and looks at its QEMU."""
+
 _CLIENT = "apt install libvirt-clients"
 _DAEMON = "apt install libvirt-daemon-system"
 
@@ -54,7 +57,7 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
         + [f"domcapabilities --virttype {kind} --arch {arch} --machine {machine}" for kind in ("qemu", "kvm")]
     )
     more = {"LIBVIRT_AUTOSTART": "1"} if options.get("uri") else {}
-    answer = await call(virsh, uri, questions, more=more)
+    answer = await call(virsh, uri, questions, deadline=PROBE_DEADLINE, more=more)
     if "Using API" not in answer.text and "Running against daemon" not in answer.text:
         raise failure(f"libvirt at {uri} does not answer", answer.text)
     version = re.search(r"Running against daemon: (\S+)", answer.text)
