@@ -303,6 +303,15 @@ async def test_another_host_and_no_virsh_are_told(virsh, monkeypatch):
         LibvirtDriver().plan(request_for())
 
 
+async def test_a_release_asks_for_the_domain_of_the_mark(virsh):
+    log = virsh(answer="echo \"error: failed to get domain 'x'\" >&2; exit 1")
+    await LibvirtDriver().release({"mark": "m-1", "uri": "qemu:///session"})
+    assert log() == f"-c qemu:///session --quiet destroy {uuid_of('m-1')} LIBVIRT_AUTOSTART=1\n"
+    virsh(answer="echo 'error: failed to connect to the hypervisor\nerror: no' >&2; exit 1")
+    with pytest.raises(DriverError, match=r"cannot be ended: no$"):
+        await LibvirtDriver().release({"mark": "m-1", "uri": "qemu:///session"})
+
+
 def test_the_default_is_libvirts_own(monkeypatch):
     monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
