@@ -48,8 +48,7 @@ def cases() -> Iterator[Any]:
 def kits(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Kit]]:
     """Makes the kit of a subject, once."""
     made: dict[str, Kit] = {}
-    with tempfile.TemporaryDirectory(prefix="kz-") as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KENAZ_CACHE_DIR", f"{directory}/cache")
+    with tempfile.TemporaryDirectory(prefix="kz-") as directory:
 
         def kit(subject: str) -> Kit:
             if subject not in made:
@@ -72,8 +71,12 @@ def kits(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Kit]]:
 
 
 @pytest.mark.parametrize(("subject", "check"), list(cases()))
-def test_our_own(kits: Callable[[str], Kit], subject: str, check: Check) -> None:
-    kits(subject).run(check)
+def test_our_own(
+    kits: Callable[[str], Kit], subject: str, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = kits(subject)
+    monkeypatch.setenv("KENAZ_CACHE_DIR", str(kit.directory.parent / "cache"))
+    kit.run(check)
 
 
 # --- the kit itself: what it is there for, it notices -------------------------------------------------------

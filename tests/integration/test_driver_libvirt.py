@@ -14,11 +14,18 @@ from kenaz_drivers.conformance.kit import Kit
 from kenaz_drivers.contract import DriverError
 
 
-@pytest.fixture(scope="session")
-def kit(libvirtd):
-    with tempfile.TemporaryDirectory(prefix="kz-") as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KENAZ_CACHE_DIR", f"{directory}/cache")
-        yield Kit("libvirt", "x86_64", Path(directory), {"accel": "tcg", "uri": libvirtd.uri})
+@pytest.fixture(scope="module")
+def place():
+    with tempfile.TemporaryDirectory(prefix="kz-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def kit(libvirtd, place, monkeypatch):
+    monkeypatch.setenv("KENAZ_CACHE_DIR", str(place / "cache"))
+    own = place / str(len(list(place.iterdir())))
+    own.mkdir()
+    return Kit("libvirt", "x86_64", own, {"accel": "tcg", "uri": libvirtd.uri})
 
 
 def emulator_of(handle):
