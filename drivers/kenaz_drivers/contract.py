@@ -59,6 +59,8 @@ class Capabilities:
     `transports` and `disk_formats` are in the driver's order of preference. `deadline_scale` is what the
     deadlines of states that wait for the guest are multiplied by (5.0 under emulation). `isolates` is False
     where the "guest" is not kept from the host. `boots_image` is False where no disk image is needed.
+    `assigns_cid` is True where the hypervisor chooses the CID of a guest itself: `LaunchRequest.cid` is then
+    None, and `Machine.handle` has it as `cid`.
     `data` is plain JSON that the driver's own `plan` needs of what `probe` saw.
     """
 
@@ -71,6 +73,7 @@ class Capabilities:
     disk_formats: tuple[str, ...] = ()
     boots_image: bool = True
     isolates: bool = True
+    assigns_cid: bool = False
     data: JsonObject = field(default_factory=dict)
 
 

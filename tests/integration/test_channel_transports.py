@@ -302,6 +302,21 @@ async def test_what_comes_for_another_session_is_put_aside_for_it(monkeypatch: p
     await first.aclose()
 
 
+async def test_a_listener_learns_later_whom_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vsock.trio, "SocketStream", lambda connected: connected)
+    early, mine = FakeConnection((42, 1)), FakeConnection((42, 2))
+    shared = SharedPort(Failing(peers=(early, mine)), 7881)  # type: ignore[arg-type]
+    other, listener = shared.join(43), shared.join(-1)
+    with pytest.raises(vsock.TransportError, match="another session of this process has CID 43"):
+        listener.expect(43)
+    with trio.move_on_after(0):
+        await other.accept()
+    listener.expect(42)
+    assert (await listener.accept()).peer == "cid 42"
+    await listener.aclose()
+    await other.aclose()
+
+
 async def test_only_the_expected_guest_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vsock.trio, "SocketStream", lambda connected: connected)
     loopback, gone, sibling, mine = (

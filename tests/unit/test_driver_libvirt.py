@@ -13,7 +13,7 @@ import pytest
 
 from kenaz_drivers.contract import Capabilities, Disk, DriverError, Exit, LaunchRequest
 from kenaz_drivers.libvirt import probe as module
-from kenaz_drivers.libvirt.domain import NAMESPACE, Facts, build, uuid_of
+from kenaz_drivers.libvirt.domain import NAMESPACE, Facts, build, cid_of, uuid_of
 from kenaz_drivers.libvirt.driver import LibvirtDriver
 from kenaz_drivers.libvirt.virsh import Lifecycle, describe_exit, failure, parse_event, parse_monitor
 
@@ -56,6 +56,7 @@ CASES = {
     "x86_64-tcg-disk-nat": (request_for(kernel="", initrd="", cmdline="", network="nat"), SESSION),
     "aarch64-tcg-session": (request_for("aarch64"), SESSION),
     "aarch64-kvm-disk": (request_for("aarch64", "kvm", kernel="", disks=DISKS[:1]), SYSTEM),
+    "x86_64-vsock": (request_for(accel="kvm", transport="vsock", channel=""), SESSION),
     "x86_64-odd-paths": (
         request_for(cmdline="a='<&>\"", disks=(Disk("root", "/a b/<&'\"ü,,", "raw"),), initrd=""),
         SESSION,
@@ -86,6 +87,13 @@ def test_odd_paths_come_out_as_they_went_in():
     domain = ET.fromstring(build(*CASES["x86_64-odd-paths"]))
     assert domain.find("devices/disk/source").get("file") == "/a b/<&'\"ü,,"
     assert domain.findtext("os/cmdline") == "a='<&>\""
+
+
+def test_the_cid_is_read_off_the_domain_that_was_made():
+    planned = build(*CASES["x86_64-vsock"])
+    assert cid_of(planned) is None
+    assert cid_of(planned.replace('auto="yes"', 'auto="yes" address="7"')) == 7
+    assert cid_of(build(*CASES["x86_64-tcg-session"])) is None
 
 
 def test_memory_is_whole_mebibytes_and_never_less():
@@ -172,6 +180,7 @@ def test_what_virsh_complains_of_comes_with_a_mend():
     assert str(failure("x", "")) == "x: virsh does not say why"
 
 
+HAS_IT = module.Verdict(True, "it opens")
 HERE = platform.node()
 
 VIRSH = """#!/bin/sh
@@ -197,7 +206,8 @@ def virsh(tmp_path, monkeypatch):
     monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
     monkeypatch.setattr(module, "host_arch", lambda: "x86_64")
     opened = module.Verdict(True, "/dev/kvm opens")
-    monkeypatch.setattr(module, "open_device", lambda path, module: opened)
+    missing = module.Verdict(False, "there is no /dev/vhost-vsock", "load the module vhost_vsock")
+    monkeypatch.setattr(module, "open_device", lambda path, module: missing if "vsock" in path else opened)
 
     def make(answer=None, host=HERE, kinds="qemu kvm", guest="exit 33"):
         qemu = tmp_path / "qemu"
@@ -231,7 +241,7 @@ async def test_kvm_that_does_not_run_guests_is_not(virsh):
     assert found.data["facts"]["owner"] is None
     refused = await module.probe("x86_64", {"accel": "kvm"})
     assert not refused.usable
-    assert refused.reasons[-1].mend == "accel: tcg"
+    assert refused.reasons[1].mend == "accel: tcg"
     asked = await module.probe("x86_64", {"accel": "tcg"})
     assert (asked.accelerator, asked.data["fallback"]) == ("tcg", "")
 
@@ -240,13 +250,16 @@ async def test_a_guest_of_another_architecture_is_emulated(virsh):
     virsh(kinds="qemu")
     assert (await module.probe("aarch64", {})).accelerator == "tcg"
     refused = await module.probe("aarch64", {"accel": "kvm"})
-    assert "this host's own architecture" in refused.reasons[-1].text
+    assert "this host's own architecture" in refused.reasons[1].text
 
 
 async def test_no_kvm_and_no_qemu(virsh, monkeypatch):
     virsh(kinds="qemu")
     found = await module.probe("x86_64", {})
-    assert [r.text for r in found.reasons if not r.ok] == ["libvirt has no KVM: using TCG (slow)"]
+    assert [r.text for r in found.reasons if not r.ok] == [
+        "libvirt has no KVM: using TCG (slow)",
+        "there is no /dev/vhost-vsock: the channel goes over virtio-serial",
+    ]
     virsh(kinds="")
     assert not (await module.probe("x86_64", {})).usable
 
@@ -257,7 +270,15 @@ async def test_kvm_that_only_libvirt_may_open_is_believed_and_that_is_said(virsh
     monkeypatch.setattr(module, "open_device", lambda path, module: closed)
     found = await module.probe("x86_64", {})
     assert found.accelerator == "kvm"
-    assert found.reasons[-1].text == "libvirt has KVM, which was not tried: /dev/kvm may not be opened"
+    assert found.reasons[1].text == "libvirt has KVM, which was not tried: /dev/kvm may not be opened"
+
+
+async def test_vsock_is_offered_where_the_device_opens(virsh, monkeypatch):
+    virsh()
+    monkeypatch.setattr(module, "open_device", lambda path, module: HAS_IT)
+    found = await module.probe("x86_64", {"accel": "tcg"})
+    assert found.transports == ("vsock", "virtio-serial")
+    assert found.assigns_cid
 
 
 async def test_no_daemon_is_started_unless_the_spec_names_one(virsh):
@@ -280,6 +301,15 @@ async def test_another_host_and_no_virsh_are_told(virsh, monkeypatch):
     assert (await module.probe("x86_64", {})).reasons[0].text == "virsh is not installed"
     with pytest.raises(DriverError, match="this host was not probed"):
         LibvirtDriver().plan(request_for())
+
+
+async def test_a_release_asks_for_the_domain_of_the_mark(virsh):
+    log = virsh(answer="echo \"error: failed to get domain 'x'\" >&2; exit 1")
+    await LibvirtDriver().release({"mark": "m-1", "uri": "qemu:///session"})
+    assert log() == f"-c qemu:///session --quiet destroy {uuid_of('m-1')} LIBVIRT_AUTOSTART=1\n"
+    virsh(answer="echo 'error: failed to connect to the hypervisor\nerror: no' >&2; exit 1")
+    with pytest.raises(DriverError, match=r"cannot be ended: no$"):
+        await LibvirtDriver().release({"mark": "m-1", "uri": "qemu:///session"})
 
 
 def test_the_default_is_libvirts_own(monkeypatch):

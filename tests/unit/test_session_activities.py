@@ -19,7 +19,7 @@ from kenaz_drivers.contract import DriverError, Helper, LaunchPlan, LaunchReques
 from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
 from kenaz_engine.channel.harness import HarnessError
 from kenaz_engine.channel.transports import TransportError
-from kenaz_engine.channel.transports.vsock import Claim
+from kenaz_engine.channel.transports.vsock import Claim, SharedPort
 from kenaz_engine.images import ensure as ensuring
 from kenaz_engine.images.ensure import Ensured
 from kenaz_engine.images.locks import hold
@@ -405,6 +405,35 @@ async def test_a_cid_is_claimed_handed_on_and_given_back(
     [made] = [r for r in whole.records() if r["kind"] == "acquired" and r["type"] == "cid"]
     assert made["handle"] == {"cid": 42, "port": 7881}
     assert not [r for r in whole.records() if r.get("about") == "port"]
+
+
+async def test_a_cid_that_the_hypervisor_chose_is_expected_before_the_guest_runs(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = SimpleNamespace(accept=trio.sleep_forever, close=lambda: None)
+    shared = SharedPort(nobody, 7881)  # type: ignore[arg-type]
+    listener = shared.join(-1)
+    monkeypatch.setattr(activities, "listen_vsock", lambda port, **_: listener)
+    expected: list[str] = []
+
+    def change(machine: SimulatedMachine) -> None:
+        ready = machine.ready
+
+        async def look() -> None:
+            with pytest.raises(TransportError, match="another session of this process has CID 77"):
+                shared.join(77)
+            expected.append("when it gets ready")
+            await ready()
+
+        machine.ready = look  # type: ignore[method-assign]
+
+    monkeypatch.setattr(SimulatedMachine, "handle", {"cid": 77})
+    driver = Driver(change)
+    can = {**VSOCK, "assigns_cid": True}
+    result = await whole.run(await whole.prepare(driver=driver, can=can, dial=None))
+    assert result.outcome.verdict == "guest did not dial in time"
+    assert expected == ["when it gets ready"]
+    assert (driver.requests[-1].cid, driver.descriptors) == (None, {})
 
 
 async def test_a_port_that_another_process_has_is_replaced_and_told(

@@ -1,6 +1,7 @@
 """Guests for the checks: a few bytes of machine code, or a few lines of Python, that do one thing each.
 
-Every guest prints a line `up` on its console and then behaves as it is told: see `Behaviour`.
+Every guest prints a line `up` on its console and then behaves as it is told: see `Behaviour`. None ends at
+once, for of a machine that ends before it is ready `Machine.ready` raises.
 """
 
 from __future__ import annotations
@@ -109,10 +110,11 @@ dialled = socket.socket(socket.AF_UNIX)
 if os.path.exists(channel):
     dialled.connect(channel)
 print("up", flush=True)
-if behaviour == "crashes":
-    os._exit(3)
 while behaviour == "floods":
     os.write(1, b"x" * 4096)
+time.sleep(0.2)
+if behaviour == "crashes":
+    os._exit(3)
 while behaviour != "powers off":
     time.sleep(0.02)
 """
@@ -141,7 +143,7 @@ def simulated_guests(request: LaunchRequest, behaviour: Behaviour) -> LaunchRequ
         "console": [{"at": 0.01, "line": "up"}, *[{"at": 0.02, "line": "x" * 99}] * (lines - 1)],
         "dial": 0.05 if Path(request.channel).exists() else None,
         "powerdown": 0.05 if behaviour == "obeys" else None,
-        "exit": 0.1 if behaviour in ("powers off", "crashes") else None,
+        "exit": 0.5 if behaviour in ("powers off", "crashes") else None,
         "clean": behaviour != "crashes",
         "refuse": "it is broken" if behaviour == "broken" else "",
     }

@@ -35,6 +35,9 @@ _MACHINES = {"x86_64": "q35", "aarch64": "virt"}
 _CPUS = {"kvm": "host-passthrough", "tcg": "maximum"}
 _SERIALS = {"root": "root", "config": "KENAZMETA", "workbench": "KENAZWB"}
 
+# As libvirt writes it (virDomainVsockDefFormat).
+_CID = re.compile(r"""<cid auto=['"]yes['"] address=['"](\d+)['"]""")
+
 # What XML 1.0 cannot hold, not even escaped (production 2 of its grammar).
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -80,6 +83,12 @@ def console_path(request: LaunchRequest) -> str:
     return f"{request.runtime}/{CONSOLE}"
 
 
+def cid_of(text: str) -> int | None:
+    """The guest's CID in the XML of a domain that has been made; None where it has none."""
+    found = _CID.search(text)
+    return int(found[1]) if found else None
+
+
 def build(request: LaunchRequest, facts: Facts) -> str:
     """The domain's XML. Raises DriverError for what libvirt or this driver cannot do."""
     _check(request)
@@ -105,9 +114,12 @@ def build(request: LaunchRequest, facts: Facts) -> str:
     ET.SubElement(devices, "controller", type="usb", model="none")
     serial = ET.SubElement(devices, "serial", type="unix")
     ET.SubElement(serial, "source", mode="connect", path=console_path(request))
-    channel = ET.SubElement(devices, "channel", type="unix")
-    ET.SubElement(channel, "source", mode="connect", path=request.channel)
-    ET.SubElement(channel, "target", type="virtio", name=VIRTIO_SERIAL_PORT)
+    if request.transport == "vsock":
+        ET.SubElement(ET.SubElement(devices, "vsock", model="virtio"), "cid", auto="yes")
+    else:
+        channel = ET.SubElement(devices, "channel", type="unix")
+        ET.SubElement(channel, "source", mode="connect", path=request.channel)
+        ET.SubElement(channel, "target", type="virtio", name=VIRTIO_SERIAL_PORT)
     if request.network == "nat":
         interface = ET.SubElement(devices, "interface", type="user")
         ET.SubElement(interface, "model", type="virtio")
@@ -169,9 +181,11 @@ def _check(request: LaunchRequest) -> None:
     for disk in request.disks:
         if disk.role not in _SERIALS or disk.format not in {"qcow2", "raw"}:
             raise DriverError(f"libvirt is given no disk of role {disk.role!r} and format {disk.format!r}")
-    if request.transport != "virtio-serial":
-        raise DriverError(f"the driver libvirt has no transport {request.transport!r}", hint="virtio-serial")
-    for path in (request.channel, console_path(request)):
+    if request.transport not in {"virtio-serial", "vsock"}:
+        raise DriverError(
+            f"the driver libvirt has no transport {request.transport!r}", hint="virtio-serial or vsock"
+        )
+    for path in (console_path(request), *([] if request.transport == "vsock" else [request.channel])):
         length = len(path.encode("utf-8", "surrogateescape"))
         if not 0 < length <= SUN_PATH:
             raise DriverError(

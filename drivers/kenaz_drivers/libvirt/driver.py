@@ -34,7 +34,7 @@ from kenaz_drivers.contract import (
     LaunchRequest,
 )
 from kenaz_drivers.libvirt import probe
-from kenaz_drivers.libvirt.domain import Facts, build, console_path, name_of, uuid_of
+from kenaz_drivers.libvirt.domain import Facts, build, cid_of, console_path, name_of, uuid_of
 from kenaz_drivers.libvirt.virsh import (
     FIXED,
     Lifecycle,
@@ -72,6 +72,7 @@ class LibvirtMachine:
         self._events: list[Lifecycle] = []
         self._changed = trio.lowlevel.ParkingLot()
         self._made = False
+        self._cid: int | None = None
         self._rebooted = trio.Event()
         self._closings = 0
         self._log = LogTail()
@@ -81,7 +82,8 @@ class LibvirtMachine:
 
     @property
     def handle(self) -> JsonObject:
-        return {**self._child.handle, "uri": self._uri, "uuid": self._uuid}
+        cid = {} if self._cid is None else {"cid": self._cid}
+        return {**self._child.handle, "uri": self._uri, "uuid": self._uuid, **cid}
 
     # --- tasks ----------------------------------------------------------------------------------------------
 
@@ -169,6 +171,15 @@ class LibvirtMachine:
             await self._stream.aclose()
 
     # --- the contract ---------------------------------------------------------------------------------------
+
+    async def learn_cid(self) -> None:
+        """Waits for the domain, which is paused yet, and asks which CID libvirt found for it."""
+        with trio.move_on_after(MADE_DEADLINE):
+            await self._until(lambda: self._made)
+            done = await call(self._virsh, self._uri, f"dumpxml {self._uuid}")
+            self._cid = cid_of(done.text) if done.code == 0 else None
+        if self._cid is None:
+            raise DriverError("libvirt does not tell the guest's CID", hint="transport: virtio-serial")
 
     async def ready(self) -> None:
         with trio.move_on_after(MADE_DEADLINE):
@@ -301,6 +312,7 @@ class LibvirtDriver:
                 "name": name_of(mark),
                 "uuid": uuid,
                 "console": console_path(request),
+                "vsock": request.transport == "vsock",
             },
             trace={"uri": facts.uri},
         )
@@ -332,6 +344,8 @@ class LibvirtDriver:
                 background.start_soon(machine.watch)
                 background.start_soon(machine.take_console)
                 try:
+                    if plan.data["vsock"]:
+                        await machine.learn_cid()
                     yield machine
                 finally:
                     with trio.CancelScope(shield=True):

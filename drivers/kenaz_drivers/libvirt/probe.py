@@ -25,6 +25,9 @@ from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
 from kenaz_drivers.libvirt.domain import Facts, machine_of
 from kenaz_drivers.libvirt.virsh import call, failure
 
+PROBE_DEADLINE = 12.0
+"""Seconds for all that is asked: 0.06, or 9 of a daemon that has just started and looks at its QEMU."""
+
 _CLIENT = "apt install libvirt-clients"
 _DAEMON = "apt install libvirt-daemon-system"
 
@@ -54,7 +57,7 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
         + [f"domcapabilities --virttype {kind} --arch {arch} --machine {machine}" for kind in ("qemu", "kvm")]
     )
     more = {"LIBVIRT_AUTOSTART": "1"} if options.get("uri") else {}
-    answer = await call(virsh, uri, questions, more=more)
+    answer = await call(virsh, uri, questions, deadline=PROBE_DEADLINE, more=more)
     if "Using API" not in answer.text and "Running against daemon" not in answer.text:
         raise failure(f"libvirt at {uri} does not answer", answer.text)
     version = re.search(r"Running against daemon: (\S+)", answer.text)
@@ -71,15 +74,22 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
     accelerator, chosen = _choose(
         str(options.get("accel", "auto")), emulators, await _kvm(arch, emulators, options)
     )
+    # libvirt opens it for QEMU. Its `domcapabilities` tell of the QEMU only, not of the host's device.
+    vsock = open_device("/dev/vhost-vsock", "vhost_vsock")
+    if vsock.works:
+        reasons.append(Reason(True, "/dev/vhost-vsock opens"))
+    else:
+        reasons.append(Reason(False, f"{vsock.text}: the channel goes over virtio-serial", vsock.mend))
     fallback = "; ".join(reason.text for reason in chosen if not reason.ok)
     return Capabilities(
         usable=bool(accelerator),
-        reasons=(*reasons, *chosen),
+        reasons=(reasons[0], *chosen, *reasons[1:]),
         arch=arch,
         accelerator=accelerator or "none",
         deadline_scale=TCG_SCALE if accelerator == "tcg" else 1.0,
-        transports=("virtio-serial",),
+        transports=("vsock", "virtio-serial") if vsock.works else ("virtio-serial",),
         disk_formats=("qcow2", "raw"),
+        assigns_cid=True,
         data={"facts": json.loads(json.dumps(asdict(facts))), "fallback": fallback},
     )
 

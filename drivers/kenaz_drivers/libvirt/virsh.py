@@ -127,8 +127,12 @@ async def call(
 
 
 async def destroy(virsh: str, uri: str, uuid: str) -> None:
-    """Ends the domain of that UUID, if there is one. Raises DriverError when it may still be there."""
-    done = await call(virsh, uri, "destroy", uuid, deadline=DESTROY_DEADLINE)
+    """Ends the domain of that UUID, if there is one. Raises DriverError when it may still be there.
+
+    Has a user's own daemon started, if need be: it ends when it is idle, and nobody else knows of a domain.
+    """
+    more = {"LIBVIRT_AUTOSTART": "1"}
+    done = await call(virsh, uri, "destroy", uuid, deadline=DESTROY_DEADLINE, more=more)
     if done.code == 0 or _is_gone(done.text):
         return
     if done.code is None:

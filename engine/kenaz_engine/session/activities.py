@@ -24,7 +24,7 @@ from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.channel.transports.vfkit import listen_vfkit
 from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial
-from kenaz_engine.channel.transports.vsock import Claim, claim_cid, listen_vsock
+from kenaz_engine.channel.transports.vsock import Claim, VsockListener, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.builds import Build, Offered
 from kenaz_engine.images.catalog import default_cache
@@ -260,14 +260,17 @@ class Activities:
         if transport == "vsock":
 
             async def make_cid() -> tuple[Made, None]:
-                claim = claim_cid()
+                # Where the hypervisor chooses it, the machine tells, before its guest runs.
+                claim = None if self._prepared.capabilities.assigns_cid else claim_cid()
+                cid = claim.cid if claim else None
                 try:
-                    listener = listen_vsock(wanted, cid=claim.cid, or_another=True)
+                    listener = listen_vsock(wanted, cid=cid, or_another=True)
                 except BaseException:
-                    os.close(claim.file)
+                    if claim is not None:
+                        os.close(claim.file)
                     raise
                 self._claim, self._listener, self._port = claim, listener, listener.port
-                return Made({"cid": claim.cid, "port": listener.port}, self._end_claim), None
+                return Made({"cid": cid, "port": listener.port}, self._end_claim), None
 
             await work.ledger.acquire("socket", "cid", {"port": wanted}, make_cid)
             if self._port != wanted:
@@ -318,6 +321,8 @@ class Activities:
         uses = ("disk", "config", "socket", *helpers)
         intent = {"driver": plan.driver, "argv": list(plan.argv), "mark": self._layout.mark, **plan.trace}
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
+        if isinstance(self._listener, VsockListener) and cid is None:
+            self._listener.expect(int(machine.handle["cid"]))
         try:
             await machine.ready()
         finally:

@@ -7,6 +7,7 @@ virtual machine that plays the host (tests/integration/test_kernel_vsock.py).
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import secrets
 import socket
@@ -67,6 +68,12 @@ class SharedPort:
         self._aside[cid] = deque()
         return VsockListener(self, cid)
 
+    def move(self, before: int, cid: int) -> None:
+        """Has the listener of one CID listen for another. Raises TransportError as `join` does."""
+        if cid in self._aside:
+            raise TransportError(f"vsock port {self.port}: another session of this process has CID {cid}")
+        self._aside[cid] = self._aside.pop(before)
+
     def leave(self, cid: int) -> None:
         """Closes what was put aside, and the socket after the last."""
         for connected in self._aside.pop(cid, ()):
@@ -111,6 +118,10 @@ _ports: dict[int, SharedPort] = {}
 """The ports on which this process listens."""
 
 
+_nobodys = itertools.count(-1, -1)
+"""Numbers that are no CIDs, for listeners that wait to be told theirs."""
+
+
 class VsockListener:
     """Made by `listen_vsock`: a port, for one guest."""
 
@@ -124,6 +135,11 @@ class VsockListener:
         """`vsock:PORT`."""
         return f"vsock:{self.port}"
 
+    def expect(self, cid: int) -> None:
+        """Listens for that guest, whose CID was not known before. Raises TransportError."""
+        self._shared.move(self._cid, cid)
+        self._cid = cid
+
     async def accept(self) -> Accepted:
         """The next connection of the expected guest; those of nobody's guest are closed. Raises
         TransportError."""
@@ -136,12 +152,14 @@ class VsockListener:
         await trio.lowlevel.checkpoint()
 
 
-def listen_vsock(port: int, *, cid: int, or_another: bool = False) -> VsockListener:
-    """Listens on `port` (PORT_ANY: a free one) for the guest of that CID. Raises TransportError.
+def listen_vsock(port: int, *, cid: int | None, or_another: bool = False) -> VsockListener:
+    """Listens on `port` (PORT_ANY: a free one) for the guest of that CID, or for one that `expect` will tell.
+    Raises TransportError.
 
     A process listens once on a port, for all its sessions; where another process has the port, `or_another`
     takes a free one instead. That this succeeds proves nothing about guests: the kernel lets anyone listen.
     """
+    cid = next(_nobodys) if cid is None else cid
     if port in _ports:
         return _ports[port].join(cid)
     try:
