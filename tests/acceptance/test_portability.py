@@ -98,7 +98,8 @@ sys.exit(pytest.main(sys.argv[3:], plugins=[Elsewhere()]))
 """
 OTHERS = (
     "trio trio.testing httpx jsonschema yaml transitions platformdirs pycdlib jiter hypothesis asyncio "
-    "ctypes subprocess multiprocessing concurrent.futures ssl uuid cryptography.hazmat.primitives.asymmetric.ed25519"
+    "ctypes subprocess multiprocessing concurrent.futures ssl uuid "
+    "cryptography.hazmat.primitives.asymmetric.ed25519"
 )
 PURE = (
     "property/test_driver_properties.py property/test_hyperv_properties.py property/test_spec_properties.py "
