@@ -77,3 +77,50 @@ def test_types_are_right_elsewhere(platform: str) -> None:
     mypy = [sys.executable, "-m", "mypy", "--platform", platform, "--cache-dir", f".mypy_cache/{platform}"]
     done = subprocess.run(mypy, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+ELSEWHERE = """
+import importlib, sys, types
+import pytest
+
+class Elsewhere:
+    def pytest_sessionstart(self, session):
+        # All of others is there, and does not notice; all of ours is imported anew.
+        for name in sys.argv[2].split(","):
+            importlib.import_module(name)
+        for name in [name for name in sys.modules if name.split(".")[0] in ("kenaz_engine", "kenaz_drivers")]:
+            del sys.modules[name]
+        sys.platform = sys.argv[1]
+        if sys.platform == "win32":
+            sys.modules["msvcrt"] = types.ModuleType("msvcrt")
+
+sys.exit(pytest.main(sys.argv[3:], plugins=[Elsewhere()]))
+"""
+OTHERS = (
+    "trio trio.testing httpx jsonschema yaml transitions platformdirs pycdlib jiter hypothesis asyncio "
+    "ctypes subprocess multiprocessing concurrent.futures ssl uuid "
+    "cryptography.hazmat.primitives.asymmetric.ed25519"
+)
+PURE = (
+    "property/test_driver_properties.py property/test_hyperv_properties.py property/test_spec_properties.py "
+    "property/test_vfkit_properties.py unit/test_channel_framing.py unit/test_channel_protocol.py "
+    "unit/test_driver_qemu_argv.py unit/test_driver_vfkit.py "
+    "unit/test_journal_records.py unit/test_lifecycle_machine.py unit/test_spec_resolve.py"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_what_is_pure_is_the_same_elsewhere(platform: str) -> None:
+    """The tests of what decides, where the system says that it is another."""
+    tests = [str(ROOT / "tests" / name) for name in PURE.split()]
+    words = ["-q", "-p", "no:cacheprovider", "-p", "no:kenaz", *tests]
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, platform, ",".join(OTHERS.split()), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

@@ -217,4 +217,5 @@ def test_the_table_of_platforms_claims_what_it_may() -> None:
     )
     assert [row for row in rows if not claim.match(row[2])] == []
     # Where no machine of ours runs, nobody can have seen one run.
-    assert all("run in CI" not in state for host, _, state in rows if re.search(r"macOS|Windows|KVM", host))
+    elsewhere = [state for host, _, state in rows if re.search(r"macOS|Windows|KVM", host)]
+    assert not any(state.startswith("run in CI") for state in elsewhere)

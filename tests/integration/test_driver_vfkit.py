@@ -114,9 +114,9 @@ async def test_the_power_is_cut_in_time_whatever_vfkit_does(driver, plan_for, tr
         await machine.kill()
         assert time.monotonic() - started < 3
         ended = await machine.wait()
-        # SIGTERM has the stand-in ask the guest first, as vfkit does.
+        # On a busy host each step may come before the one before it has been heard.
         assert not ended.clean
-        assert ended.reason in {reason, "the launcher cut the power"}
+        assert ended.reason in {reason, "the launcher cut the power", "SIGTERM killed vfkit"}
     assert not is_alive(machine.handle)
     assert not Path(plan.data["rest"]).exists()
 

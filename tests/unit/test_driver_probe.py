@@ -250,7 +250,7 @@ async def test_no_processes_to_be_had_is_no_traceback(fake_qemu, monkeypatch):
 
 
 def test_the_binary_is_looked_for_where_distributions_put_it(monkeypatch, cache):
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name, path=None: None)
     monkeypatch.setattr(os, "access", lambda path, mode: path == "/usr/libexec/qemu-kvm")
     assert module.find_binary("x86_64") == "/usr/libexec/qemu-kvm"
     with pytest.raises(DriverError, match="qemu-system-aarch64 is not installed") as caught:
@@ -260,7 +260,7 @@ def test_the_binary_is_looked_for_where_distributions_put_it(monkeypatch, cache)
     with pytest.raises(DriverError) as caught:
         module.find_binary("aarch64")
     assert caught.value.hint == "brew install qemu"
-    monkeypatch.setattr(module.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(module.shutil, "which", lambda name, path=None: f"/bin/{name}")
     assert module.find_binary("riscv64") == "/bin/qemu-system-riscv64"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from kenaz_drivers.contract import Capabilities, Disk, DriverError, LaunchRequest
 from kenaz_drivers.qemu.argv import Facts, build
+from kenaz_drivers.qemu.probe import firmware_places
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -15,6 +16,18 @@ FACTS = {
     "x86_64": Facts("/usr/bin/qemu-system-x86_64", "7.2", ("microvm", "q35"), ("kvm", "tcg"), True),
     "aarch64": Facts("/usr/bin/qemu-system-aarch64", "7.2", ("virt",), ("hvf", "tcg"), False),
 }
+
+MACOS = "/opt/homebrew/share/qemu/edk2-aarch64-code.fd"
+PLATFORMS = {
+    "hvf": {"platform": "darwin", "sandbox": False, "firmware": MACOS, "accelerators": ("hvf", "tcg")},
+    "whpx": {"platform": "win32", "sandbox": False, "accelerators": ("tcg", "whpx")},
+}
+
+
+def facts_for(request):
+    facts = FACTS[request.capabilities.arch]
+    return replace(facts, **PLATFORMS.get(request.capabilities.accelerator, {}))
+
 
 DISKS = (
     Disk("root", "/state/root.qcow2", "qcow2"),
@@ -66,6 +79,21 @@ CASES = {
     ),
     "q35-tcg-vhost-user": over_vhost_user(),
     "microvm-kvm-vhost-user": over_vhost_user(accel="kvm", memory=(64 << 20) + 1),
+    "q35-hvf-serial": request_for(accel="hvf"),
+    "virt-hvf-disk": request_for("aarch64", "hvf", kernel="", initrd="", cmdline=""),
+    "q35-whpx-serial": request_for(accel="whpx", channel="127.0.0.1:49152", mark="hello-1"),
+    "q35-whpx-disk-tcp": request_for(
+        accel="whpx",
+        kernel="",
+        initrd="",
+        cmdline="",
+        disks=(Disk("root", "C:\\Users\\a b,c\\root.qcow2", "qcow2"),),
+        network="nat",
+        transport="tcp",
+        channel="",
+        forward=49152,
+        mark="hello-1",
+    ),
     "virt-hvf-serial": request_for("aarch64", "hvf"),
     "virt-tcg-vsock": request_for("aarch64", transport="vsock", cid=7, initrd="", cmdline="", disks=()),
 }
@@ -74,7 +102,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_command_line_is_the_golden_one(name):
     request = CASES[name]
-    command = build(request, FACTS[request.capabilities.arch])
+    command = build(request, facts_for(request))
     lines = [*command.argv, "--", *(f"{number}={use}" for number, use in command.descriptors.items())]
     for helper in command.helpers:
         lines += ["-- before: " + helper.name, *helper.argv, *(f"makes: {path}" for path in helper.sockets)]
@@ -152,3 +180,29 @@ def test_facts_survive_json():
     assert Facts.from_json({**data, "accelerators": ["kvm", "tcg"], "sandbox": True}) == facts
     with pytest.raises(LookupError):
         Facts.from_json({"binary": "/q"})
+
+
+def test_what_a_system_does_not_have_is_refused():
+    disk = request_for("aarch64", kernel="", initrd="", cmdline="")
+    with pytest.raises(DriverError, match="boots a disk by UEFI only") as caught:
+        build(disk, FACTS["aarch64"])
+    assert "qemu-efi-aarch64" in caught.value.hint
+    for channel in ("/run/k/channel", "127.0.0.1:0", "127.0.0.1:1,server=on", "0.0.0.0:7881"):
+        wanted = request_for(accel="whpx", channel=channel)
+        with pytest.raises(DriverError, match="channel is no port of"):
+            build(wanted, facts_for(wanted))
+    wanted = request_for(accel="hvf", channel="/" + "x" * 103)
+    with pytest.raises(DriverError, match="104 bytes and must have 1 to 103"):
+        build(wanted, facts_for(wanted))
+
+
+@pytest.mark.parametrize(
+    ("platform", "place"),
+    [
+        ("darwin", "/opt/qemu/share/qemu/edk2-aarch64-code.fd"),
+        ("win32", "/opt/qemu/bin/share/edk2-aarch64-code.fd"),
+        ("linux", "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"),
+    ],
+)
+def test_firmware_is_looked_for_where_each_system_has_it(platform, place):
+    assert firmware_places("/opt/qemu/bin/qemu-system-aarch64", platform)[0] == place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from kenaz_engine.images import disks, qcow2
+from kenaz_engine.images import clonefile, disks, qcow2
 from kenaz_engine.images.diskfile import inspect_disk
 from kenaz_engine.images.disks import DiskError, create_disk
 from kenaz_engine.images.errors import ImageError
@@ -219,3 +220,49 @@ async def test_a_cancelled_copy_leaves_nothing(
         await create_disk(path, "raw", base=base, base_format="raw", size=MIB)
     assert scope.cancelled_caught
     assert not path.exists()
+
+
+def clone(base: bytes, path: bytes, flags: int) -> int:
+    """What clonefile(2) does on a Mac: the mode is the base's."""
+    assert flags == clonefile.NO_OWNER_COPY
+    if Path(os.fsdecode(path)).exists():
+        return -errno.EEXIST
+    shutil.copy(os.fsdecode(base), os.fsdecode(path))
+    return 0
+
+
+async def test_on_a_mac_a_raw_disk_is_a_clone(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base.chmod(0o444)
+    monkeypatch.setattr(disks, "clone_file", lambda base, path: clonefile.clone_file(base, path, clone))
+    assert await create_disk(path, "raw", base=base, base_format="raw", size=8 * MIB) == "clone"
+    assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_size) == (0o600, 8 * MIB)
+    assert path.read_bytes()[:MIB] == base.read_bytes()
+    with pytest.raises(FileExistsError):
+        await create_disk(path, "raw", base=base, base_format="raw", size=8 * MIB)
+    assert path.exists()
+    overlay = path.with_name("overlay")
+    assert await create_disk(overlay, "qcow2", base=base, base_format="raw", size=8 * MIB) == "overlay"
+
+
+async def test_a_clone_that_cannot_be_opened_is_not_left(
+    base: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "clone_file", lambda base, path: clonefile.clone_file(base, path, clone))
+
+    def refuse(*words: Any) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda name, *more: refuse() if name == path else real(name, *more))
+    with pytest.raises(OSError, match="too many"):
+        await create_disk(path, "raw", base=base, base_format="raw", size=8 * MIB)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EXDEV])
+def test_a_file_system_that_cannot_clone_is_no_error(base: Path, path: Path, number: int) -> None:
+    assert not clonefile.clone_file(base, path, lambda *words: -number)
+    with pytest.raises(PermissionError):
+        clonefile.clone_file(base, path, lambda *words: -errno.EACCES)

@@ -31,7 +31,7 @@ GUEST_DEADLINE = 2.0
 TCG_SCALE = 5.0
 """Deadlines that wait for a guest are multiplied by this under emulation."""
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _ARCHES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -70,7 +70,7 @@ async def run_guest(
     guest = PROBE_GUESTS.get(arch)
     if guest is None:
         return Verdict(False, f"{accelerator.upper()} cannot be tried for {arch}")
-    name = accelerator.upper()
+    name = accelerator.partition(",")[0].upper()
     with tempfile.TemporaryDirectory(prefix="kenaz-probe-") as directory:
         firmware = trio.Path(directory, "guest.bin")
         await firmware.write_bytes(guest.firmware)

@@ -6,6 +6,7 @@ one that the launcher passes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,8 +16,12 @@ QMP_FD, CONSOLE_FD, VSOCK_FD = 3, 4, 5
 
 MIB = 1 << 20
 
-SUN_PATH = 107
-"""Longest path of a UNIX socket on Linux, in bytes, without its final NUL (unix(7))."""
+SUN_PATH = {"linux": 107, "darwin": 103}
+"""Longest path of a UNIX socket, in bytes, without its final NUL (unix(7); <sys/un.h> on macOS)."""
+
+LOOPBACK = re.compile(r"127\.0\.0\.1:[1-9]\d{0,4}")
+"""What a channel is where Python has no UNIX sockets: a port on which the launcher listens. Anybody on the
+host could dial it; the session's token keeps them out."""
 
 PORT_ID = CHARDEV_ID = "channel"
 """What the virtio-serial port and the socket behind it are called in QEMU's monitor."""
@@ -27,7 +32,11 @@ VSOCK_DAEMON = "vhost-device-vsock"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 # What a guest's CPU is: the host's own where it runs directly, and all that emulation has otherwise.
-_CPUS = {"kvm": "host", "hvf": "host", "tcg": "max"}
+# WHPX knows neither of these names; Nehalem is the first with all of x86-64-v2.
+_CPUS = {"kvm": "host", "hvf": "host", "whpx": "Nehalem", "tcg": "max"}
+
+# WHPX's own interrupt controller hangs guests on Windows 10.
+_ACCELERATORS = {"whpx": "whpx,kernel-irqchip=off"}
 
 # To the letter, the signing of pointers takes three quarters of an emulated aarch64 guest's boot (18.7 s of
 # kernel against 4.9 s); QEMU 5.2 and later know a cheap one, which is as good inside of one machine.
@@ -40,13 +49,16 @@ _MACHINES = {"x86_64": ("microvm", "q35"), "aarch64": ("virt",)}
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What `probe` found out about the QEMU of this host, and `build` depends on."""
+    """What `probe` found out about the QEMU of this host, and `build` depends on. `platform` is Python's name
+    of the system; `firmware` is the path of UEFI, where a machine has none of its own."""
 
     binary: str
     version: str = ""
     machines: tuple[str, ...] = ()
     accelerators: tuple[str, ...] = ()
     sandbox: bool = False
+    platform: str = "linux"
+    firmware: str = ""
 
     @classmethod
     def from_json(cls, data: JsonObject) -> Facts:
@@ -70,8 +82,18 @@ def escape(value: str) -> str:
     return value.replace(",", ",,")
 
 
+def accelerator_option(name: str) -> str:
+    """What `-accel` is given for an accelerator."""
+    return _ACCELERATORS.get(name, name)
+
+
+def cpu_option(accelerator: str) -> str:
+    """The processor that a guest gets of an accelerator that runs it directly."""
+    return _CPUS[accelerator]
+
+
 def choose_machine(request: LaunchRequest, facts: Facts) -> str:
-    """The machine type. microvm boots a kernel of ours fastest, but boots no disk.
+    """The machine type. microvm boots a kernel of ours fastest, but boots no disk, and is KVM's.
 
     Under TCG it is taken only when asked for: it has neither HPET nor PM timer, so that Linux can learn the
     speed of its clock from the PIT alone, and hangs for ever without a word where a busy host spoils that.
@@ -88,7 +110,7 @@ def choose_machine(request: LaunchRequest, facts: Facts) -> str:
         if wanted == "microvm" and not request.kernel:
             raise DriverError("microvm boots no disk", hint="use an image with a kernel, or machine: q35")
         return wanted
-    if not request.kernel or _emulated(request):
+    if not request.kernel or request.capabilities.accelerator != "kvm":
         possible = [name for name in possible if name != "microvm"]
     if not possible:
         raise DriverError(f"{facts.binary} has no machine for {arch} that this image could boot on")
@@ -101,14 +123,14 @@ def _emulated(request: LaunchRequest) -> bool:
 
 def build(request: LaunchRequest, facts: Facts) -> CommandLine:
     """The command line for that machine. Raises DriverError for what QEMU or this driver cannot do."""
-    _check(request)
+    _check(request, facts)
     machine = choose_machine(request, facts)
     bus = "device" if machine == "microvm" else "pci"
     accelerator = request.capabilities.accelerator
     notes: list[str] = []
     if machine == "microvm" and _emulated(request):
         notes.append("microvm under TCG: on a busy host Linux may hang while it measures its clock")
-    descriptors = {QMP_FD: "qmp", CONSOLE_FD: "console"}
+    descriptors: dict[int, str] = {}
     helpers: tuple[Helper, ...] = ()
 
     argv = [facts.binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
@@ -120,7 +142,7 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
         # The device is in another process, which has to see what the guest's queues point to.
         argv += ["-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
     argv += ["-machine", f"{machine},memory-backend=ram" if shared else machine]
-    argv += ["-accel", accelerator]
+    argv += ["-accel", accelerator_option(accelerator)]
     if accelerator in _CPUS:
         emulated = _EMULATED_CPUS if accelerator == "tcg" else {}
         argv += ["-cpu", emulated.get(request.capabilities.arch, _CPUS[accelerator])]
@@ -133,16 +155,25 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
         argv += ["-kernel", request.kernel]
         argv += ["-initrd", request.initrd] if request.initrd else []
         argv += ["-append", request.cmdline] if request.cmdline else []
+    elif request.capabilities.arch == "aarch64":
+        argv += ["-bios", _firmware(facts)]
 
-    argv += ["-chardev", f"socket,id=qmp,fd={QMP_FD}", "-mon", "chardev=qmp,mode=control"]
-    argv += ["-chardev", f"socket,id=console,fd={CONSOLE_FD}", "-serial", "chardev:console"]
+    if facts.platform == "win32":
+        # No descriptors can be passed there. QEMU makes the pipe, and waits for who reads it.
+        argv += ["-chardev", "stdio,id=qmp,signal=off", "-mon", "chardev=qmp,mode=control"]
+        argv += ["-chardev", f"pipe,id=console,path={escape(console_pipe(request))}"]
+    else:
+        descriptors |= {QMP_FD: "qmp", CONSOLE_FD: "console"}
+        argv += ["-chardev", f"socket,id=qmp,fd={QMP_FD}", "-mon", "chardev=qmp,mode=control"]
+        argv += ["-chardev", f"socket,id=console,fd={CONSOLE_FD}"]
+    argv += ["-serial", "chardev:console"]
     argv += ["-device", f"virtio-rng-{bus}"]
     for disk in request.disks:
         # With a kernel of ours, QEMU's loader has the first place already.
         argv += _disk(disk, bus, boots=disk.role == "root" and not request.kernel)
     if request.transport == "virtio-serial":
         argv += ["-device", f"virtio-serial-{bus}"]
-        argv += ["-chardev", f"socket,id={CHARDEV_ID},path={escape(request.channel)}"]
+        argv += ["-chardev", f"socket,id={CHARDEV_ID},{_where(request, facts)}"]
         argv += ["-device", f"virtserialport,id={PORT_ID},chardev={CHARDEV_ID},name={VIRTIO_SERIAL_PORT}"]
     elif shared:
         helpers = (vsock_daemon(request),)
@@ -161,6 +192,28 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
     return CommandLine(tuple(argv), descriptors, helpers, tuple(notes))
 
 
+def console_pipe(request: LaunchRequest) -> str:
+    r"""The name of the guest's console on Windows, `\\.\pipe\NAME`, by the session's mark: no other's."""
+    return f"kenaz-{request.mark or request.session}-console"
+
+
+def _where(request: LaunchRequest, facts: Facts) -> str:
+    if facts.platform != "win32":
+        return f"path={escape(request.channel)}"
+    host, _, port = request.channel.partition(":")
+    return f"host={host},port={port}"
+
+
+def _firmware(facts: Facts) -> str:
+    """Read as one piece, with variables that are gone with the machine: nothing of it has to be kept."""
+    if not facts.firmware:
+        raise DriverError(
+            "a machine of aarch64 boots a disk by UEFI only, and this host has none",
+            hint="install it (Debian: qemu-efi-aarch64), or use an image with a kernel",
+        )
+    return facts.firmware
+
+
 def vsock_daemon(request: LaunchRequest) -> Helper:
     """The daemon that is this machine's vsock device, one for each machine: its guests could talk to each
     other. Raises DriverError where this host has none.
@@ -175,7 +228,7 @@ def vsock_daemon(request: LaunchRequest) -> Helper:
         )
     socket = f"{request.runtime}/vhost"
     for path in (socket, request.channel):
-        _check_socket(path)
+        _check_socket(path, "linux")
     return Helper(
         VSOCK_DAEMON,
         (daemon, f"--socket={socket}", f"--uds-path={uds}"),
@@ -194,7 +247,7 @@ def _disk(disk: Disk, bus: str, *, boots: bool) -> list[str]:
     return ["-drive", drive, "-device", device]
 
 
-def _check(request: LaunchRequest) -> None:
+def _check(request: LaunchRequest, facts: Facts) -> None:
     paths = [request.kernel, request.initrd, request.channel, *(disk.path for disk in request.disks)]
     if any("\0" in text for text in (*paths, request.cmdline, request.session)):
         raise DriverError("a NUL character cannot stand in a command line", hint="rename the file")
@@ -206,8 +259,11 @@ def _check(request: LaunchRequest) -> None:
         if disk.role not in _SERIALS or disk.format not in {"qcow2", "raw"}:
             raise DriverError(f"QEMU is given no disk of role {disk.role!r} and format {disk.format!r}")
     match request.transport:
+        case "virtio-serial" if facts.platform == "win32":
+            if not LOOPBACK.fullmatch(request.channel):
+                raise DriverError(f"the channel is no port of 127.0.0.1: {request.channel!r}")
         case "virtio-serial":
-            _check_socket(request.channel)
+            _check_socket(request.channel, facts.platform)
         case "vhost-user-vsock":
             pass  # vsock_daemon looks
         case "tcp":
@@ -221,10 +277,10 @@ def _check(request: LaunchRequest) -> None:
             )
 
 
-def _check_socket(path: str) -> None:
-    length = len(path.encode("utf-8", "surrogateescape"))
-    if not 0 < length <= SUN_PATH:
+def _check_socket(path: str, platform: str) -> None:
+    length, most = len(path.encode("utf-8", "surrogateescape")), SUN_PATH.get(platform, 103)
+    if not 0 < length <= most:
         raise DriverError(
-            f"the channel's socket path has {length} bytes and must have 1 to {SUN_PATH}",
+            f"the channel's socket path has {length} bytes and must have 1 to {most}",
             hint="set XDG_RUNTIME_DIR to a shorter directory",
         )

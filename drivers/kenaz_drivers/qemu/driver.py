@@ -257,6 +257,8 @@ class QemuDriver:
 
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[QemuMachine]:
+        if not plan.descriptors:
+            raise DriverError("a QEMU of Windows is planned for, and not started yet", hint="driver: hyperv")
         own = {"qmp": socket.socketpair(), "console": socket.socketpair()}
         try:
             numbers = {purpose: theirs.fileno() for purpose, (_, theirs) in own.items()} | dict(descriptors)

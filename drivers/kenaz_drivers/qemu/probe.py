@@ -24,7 +24,7 @@ from kenaz_drivers._common.accelerator import (
 )
 from kenaz_drivers._common.process import capture
 from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
-from kenaz_drivers.qemu.argv import VSOCK_DAEMON, Facts
+from kenaz_drivers.qemu.argv import VSOCK_DAEMON, Facts, accelerator_option, cpu_option
 
 _QUESTION_DEADLINE = 30.0  # seconds for `-version` and the like: 0.03, or 5 on a host that is emulated
 _DAEMON_PLACE = f"tools/bin/{VSOCK_DAEMON}"
@@ -47,17 +47,19 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
     reasons = [Reason(True, f"QEMU {facts.version} at {facts.binary}")]
     accelerator, chosen = _choose(str(options.get("accel", "auto")), facts, verdicts)
     reasons += chosen
-    vsock = open_device("/dev/vhost-vsock", "vhost_vsock")
-    if vsock.works:
-        reasons.append(Reason(True, "/dev/vhost-vsock opens"))
-    else:
-        reasons.append(Reason(False, f"{vsock.text}: the channel goes over virtio-serial", vsock.mend))
+    vsock = Verdict(False, "")
+    if sys.platform == "linux":  # nowhere else is there a device, or anything to mend
+        vsock = open_device("/dev/vhost-vsock", "vhost_vsock")
+        without = "" if vsock.works else ": the channel goes over virtio-serial"
+        reasons.append(Reason(vsock.works, f"{vsock.text}{without}", vsock.mend))
     daemon, daemon_reason = find_vsock_daemon(str(options.get("vsockDaemon", "")))
     reasons += [daemon_reason] if sys.platform == "linux" else []
     transports = {"vsock": vsock.works, "virtio-serial": True, "vhost-user-vsock": bool(daemon), "tcp": True}
     fallback = "; ".join(reason.text for reason in chosen if not reason.ok)
+    if sys.platform == "win32":
+        reasons.append(Reason(False, "QEMU is planned for on Windows, and not started yet", "driver: hyperv"))
     return Capabilities(
-        usable=bool(accelerator),
+        usable=bool(accelerator) and sys.platform != "win32",
         reasons=tuple(reasons),
         arch=arch,
         accelerator=accelerator or "none",
@@ -96,17 +98,42 @@ def find_binary(arch: str, wanted: str = "") -> str:
         if not os.access(wanted, os.X_OK) or not Path(wanted).is_file():
             raise DriverError(f"{wanted} is no program", hint="driverOptions.qemu.binary: the path of QEMU")
         return wanted
-    if found := shutil.which(f"qemu-system-{arch}"):
+    if found := shutil.which(f"qemu-system-{arch}", path=search_path()):
         return found
     # Where Fedora and its kin keep it.
     if arch == host_arch() and os.access("/usr/libexec/qemu-kvm", os.X_OK):
         return "/usr/libexec/qemu-kvm"
-    mend = (
-        "brew install qemu"
-        if sys.platform == "darwin"
-        else f"apt install {_PACKAGES.get(arch, 'qemu-system')}"
-    )
-    raise DriverError(f"qemu-system-{arch} is not installed", hint=mend)
+    debian = f"apt install {_PACKAGES.get(arch, 'qemu-system')}"
+    mends = {"darwin": "brew install qemu", "win32": "winget install SoftwareFreedomConservancy.QEMU"}
+    raise DriverError(f"qemu-system-{arch} is not installed", hint=mends.get(sys.platform, debian))
+
+
+def search_path() -> str | None:
+    """Where QEMU is looked for: the usual path, and on Windows besides where its installer puts it."""
+    if sys.platform == "win32":
+        installed = Path(os.environ.get("PROGRAMFILES", "C:\\Program Files")) / "qemu"
+        return os.pathsep.join([os.environ.get("PATH", ""), str(installed)])
+    else:  # noqa: RET505  # so that each system's types are checked
+        return None
+
+
+def firmware_places(binary: str, platform: str) -> tuple[str, ...]:
+    """Where UEFI for aarch64 may be, the likeliest first: QEMU's own, which Homebrew and the installer for
+    Windows have, beside its program; and those of distributions (Debian, Fedora and their kin)."""
+    directory = Path(binary).parent
+    own = "edk2-aarch64-code.fd"
+    match platform:
+        case "win32":
+            return (str(directory / "share" / own),)
+        case "darwin":
+            brewed = (directory.parent, Path("/opt/homebrew"), Path("/usr/local"))
+            return tuple(str(prefix / "share/qemu" / own) for prefix in brewed)
+        case _:
+            return (
+                "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd",
+                "/usr/share/edk2/aarch64/QEMU_EFI.fd",
+                f"/usr/share/qemu/{own}",
+            )
 
 
 def find_vsock_daemon(wanted: str = "") -> tuple[str, Reason]:
@@ -135,13 +162,15 @@ async def _study(binary: str, arch: str, accel: str) -> tuple[Facts, dict[str, V
         cache.facts = json.loads(json.dumps(asdict(facts)))
     verdicts: dict[str, Verdict] = {}
     if arch == host_arch():
-        for name, device in (("kvm", "/dev/kvm"), ("hvf", "")):
+        for name, device in (("kvm", "/dev/kvm"), ("hvf", ""), ("whpx", "")):
             if name not in facts.accelerators or accel not in {"auto", name}:
                 continue
             opened = open_device(device, "kvm") if device else Verdict(True, "")
             # Rights change within a boot; whether the processor runs guests does not.
             if opened.works:
-                opened = cache.verdict(name) or await run_guest(binary, arch, name, "host")
+                opened = cache.verdict(name) or await run_guest(
+                    binary, arch, accelerator_option(name), cpu_option(name)
+                )
                 cache.keep(name, opened)
             verdicts[name] = opened
     cache.save()
@@ -173,6 +202,8 @@ async def _ask(binary: str) -> Facts:
         binary=binary,
         version=version[1],
         machines=tuple(sorted(machines & _MACHINES)),
-        accelerators=tuple(sorted(accelerators & {"kvm", "hvf", "tcg"})),
+        accelerators=tuple(sorted(accelerators & {"kvm", "hvf", "whpx", "tcg"})),
         sandbox="\n-sandbox " in answers["-help"],
+        platform=sys.platform,
+        firmware=next((path for path in firmware_places(binary, sys.platform) if Path(path).is_file()), ""),
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from kenaz_engine.images import qcow2
+from kenaz_engine.images.clonefile import clone_file
 from kenaz_engine.images.diskfile import inspect_disk
 from kenaz_engine.images.errors import ImageError
 
@@ -50,8 +51,8 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
 
     `qcow2` is an overlay, which takes 0.3 ms whatever the size. `raw` is a copy that shares its blocks with
     the base where the file system can do that, and else a copy of all that is not a hole. Returns which:
-    `overlay`, `reflink` or `copy`. `path` must not exist; its mode is 0600 whatever the umask. `base` must be
-    absolute, because qcow2 keeps the name as it is given.
+    `overlay`, `reflink` (Linux), `clone` (macOS) or `copy`. `path` must not exist; its mode is 0600 whatever
+    the umask. `base` must be absolute, because qcow2 keeps the name as it is given.
 
     Raises DiskError, with nothing left at `path`, when the base is not of `base_format` or does not stand
     alone, when it is larger than `size`, when the driver cannot take it, or when the disk is full. Raises
@@ -60,19 +61,33 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
     if not base.is_absolute():
         raise ValueError(f"the base of a disk needs an absolute path, not {base}")
     _check(base, base_format, disk_format, size)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    file, cloned = _begin(path, base, disk_format)
     try:
         path.chmod(0o600)
         with _room(path):
             if disk_format == "qcow2":
                 _write_overlay(file, base, base_format, size)
                 return "overlay"
-            return await _copy(file, base, size)
+            how = "clone" if cloned else await _copy(file, base)
+            os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
+            return how
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:
         os.close(file)
+
+
+def _begin(path: Path, base: Path, disk_format: str) -> tuple[int, bool]:
+    """A new file, open, and whether it is a clone of the base already. A base may be nobody's to write."""
+    if disk_format != "raw" or not clone_file(base, path):
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), False
+    try:
+        path.chmod(0o600)
+        return os.open(path, os.O_WRONLY), True
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _check(base: Path, base_format: str, disk_format: str, size: int) -> None:
@@ -106,7 +121,7 @@ def _write_overlay(file: int, base: Path, base_format: str, size: int) -> None:
     os.ftruncate(file, length)
 
 
-async def _copy(file: int, base: Path, size: int) -> str:
+async def _copy(file: int, base: Path) -> str:
     source = os.open(base, os.O_RDONLY)
     try:
         if _reflink(source, file):
@@ -117,7 +132,6 @@ async def _copy(file: int, base: Path, size: int) -> str:
                 for offset in range(start, end, _CHUNK):
                     length = min(_CHUNK, end - offset)
                     await trio.to_thread.run_sync(_copy_piece, source, file, offset, length)
-        os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
         return how
     finally:
         os.close(source)
