@@ -465,20 +465,18 @@ class GuestChannel:
 
     async def _hear_guest(self) -> None:
         """The next frame of the guest, or the end of its stream."""
-        connection = self._connection
-        if not self._protocol.resumable:
+        connection, numbered = self._connection, self._protocol.resumable
+        if not (numbered or self._has_room):
             await self._room("guest")
+        take = self._take if numbered else self._decide
         try:
             payload = await connection.receive()
             while payload is not None:
-                self._take("guest", payload)
+                take("guest", payload)
                 if self._ending is not None:
                     return  # what comes next is for whoever follows
-                full = not self._protocol.resumable and not self._has_room
-                payload = None if full else connection.receive_nowait()
+                payload = connection.receive_nowait() if numbered or self._has_room else None
                 if payload is None:
-                    self._push()
-                    await trio.lowlevel.checkpoint()
                     return
             reason = self._connection.failure or "the guest closed the channel without a bye"
         except FramingError as exc:

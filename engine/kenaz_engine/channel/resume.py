@@ -93,6 +93,17 @@ class Outbox:
                 self.stop()
         return payload
 
+    def take(self, size: int, count: int) -> list[bytes]:
+        """As `drop`, as many as have no more than `size` bytes together, but one at least, and `count` at
+        most; none where none waits."""
+        waiting, taken = self._waiting, list[bytes]()
+        while waiting and len(taken) < count:
+            size -= len(waiting[0])
+            if size < 0 and taken:
+                break
+            taken.append(self.drop())
+        return taken
+
     def stop(self) -> None:
         """Keeps nothing: the peer does not acknowledge."""
         self.keeping = False
