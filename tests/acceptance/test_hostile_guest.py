@@ -4,6 +4,7 @@ path with one clear reason, in bounded memory, and harms no session beside it.""
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -23,6 +24,11 @@ MIB = 1 << 20
 BOUND = 256 * MIB
 """What a launcher may take at most, whatever its guest does, at the default limits; also in
 docs/explanation/security.md."""
+
+DOCUMENT = Path(__file__).parents[2] / "docs/reference/hostile-guest.md"
+ROW = re.compile(r"^\| ([^|]+) \| (\d+) MiB \|$", re.MULTILINE)
+PEAKS: dict[str, int] = {}
+"""Bytes that the launcher of each attack took at most."""
 
 Message = dict[str, Any]
 
@@ -131,8 +137,31 @@ def patient(message: Message) -> list[Message]:
     return [{"kind": "prompt.result", "id": message["id"], "text": ""}] if message["kind"] == "prompt" else []
 
 
+def name_of(request: pytest.FixtureRequest) -> str:
+    """The attack, as the table calls it."""
+    callspec = getattr(request.node, "callspec", None)
+    return callspec.id if callspec else request.function.__name__.removeprefix("test_").replace("_", " ")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """The document names each attack and what it costs; KENAZ_GOLDEN=write has it say what was found now."""
+    yield
+    text = DOCUMENT.read_text()
+    known = {name: int(size) for name, size in ROW.findall(text)}
+    found = {name: -(-peak // MIB) for name, peak in PEAKS.items()}
+    if os.environ.get("KENAZ_GOLDEN") == "write":
+        rows = "\n".join(f"| {name} | {size} MiB |" for name, size in sorted({**known, **found}.items()))
+        head, _, rest = text.partition("| --- | --- |\n")
+        tail = ROW.sub("", rest).strip()
+        DOCUMENT.write_text(f"{head}| --- | --- |\n{rows}\n\n{tail}\n")
+    else:
+        assert found.keys() <= known.keys(), "write the table anew: KENAZ_GOLDEN=write"
+    assert max(known.values(), default=0) * MIB < BOUND
+
+
 @pytest.fixture
-def attacked(world: Any, harness: Any) -> Iterator[Callable[..., Session]]:
+def attacked(world: Any, harness: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Session]]:
     sessions: list[Session] = []
 
     def start(identity: str = "s1", *words: str, answer: Any = patient, **options: str) -> Session:
@@ -141,6 +170,7 @@ def attacked(world: Any, harness: Any) -> Iterator[Callable[..., Session]]:
         return sessions[-1]
 
     yield start
+    PEAKS[name_of(request)] = max(session.peak for session in sessions)
     for session in sessions:
         for guest in session.guests:
             guest.close()
@@ -201,10 +231,10 @@ def test_nonsense_ends_the_session_with_its_reason(attacked: Any, data: bytes, c
 @pytest.mark.parametrize(
     ("members", "code"),
     [
-        ({"token": "0" * 43}, "bad_token"),
-        ({"session": "another"}, "bad_session"),
-        ({"protocol": 2}, "bad_protocol"),
-        ({"kind": "prompt", "id": "p1", "text": ""}, "bad_hello"),
+        pytest.param({"token": "0" * 43}, "bad_token", id="wrong token"),
+        pytest.param({"session": "another"}, "bad_session", id="the hello of another session"),
+        pytest.param({"protocol": 2}, "bad_protocol", id="another protocol"),
+        pytest.param({"kind": "prompt", "id": "p1", "text": ""}, "bad_hello", id="no hello"),
     ],
 )
 def test_who_does_not_prove_itself_is_told_why(attacked: Any, members: Message, code: str) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import json
 import os
+import re
+import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +33,9 @@ from kenaz_engine.images.errors import ImageError
 ROOT = Path(__file__).parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
 BOUND = 120
+
+PIDFD_GETFD = 438
+HELPER = "helper.vhost-device-vsock"
 
 
 def _ready() -> bool:
@@ -227,3 +237,210 @@ def test_the_host_dials_a_port_of_the_guest_through_the_daemon(base: Path) -> No
         out, _ = running.communicate(timeout=BOUND)
     assert (running.returncode, "peer 2" in out) == (0, True)
     assert session.left() == []
+
+
+FLOOD = "import sys\nwhile True: sys.stdout.write('\\0' * 99_991)"
+"""Six bytes of JSON for each: frames of more than a machine writes at once."""
+
+
+def of_the_channel(pid: int) -> socket.socket | None:
+    """Another descriptor of that socket of a process of ours in which much waits to be read."""
+    process = os.pidfd_open(pid)
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            own = ctypes.CDLL(None).syscall(PIDFD_GETFD, process, int(name), 0)
+            if own < 0:
+                continue
+            with contextlib.suppress(OSError):  # no socket, or one that listens
+                if struct.unpack("i", fcntl.ioctl(own, termios.FIONREAD, bytes(4)))[0] >= 1 << 16:
+                    return socket.socket(fileno=own)
+            os.close(own)
+    finally:
+        os.close(process)
+    return None
+
+
+def is_cut(said: bytes) -> bool:
+    """Whether what waits ends within a frame."""
+    begins = said.rfind(b'{"kind":"exec.output"')
+    return begins >= 4 and len(said) - begins < int.from_bytes(said[begins - 4 : begins], "big")
+
+
+@pytest.mark.parametrize(
+    "transport", ["virtio-serial", pytest.param("vhost-user-vsock", marks=pytest.mark.slow)]
+)
+def test_a_frame_that_is_cut_by_the_death_of_its_machine(base: Path, transport: str) -> None:
+    """The launcher is stopped until the machine waits within a frame; then the machine is killed."""
+    session = Session(
+        base,
+        *("python3.11", "-c", FLOOD),
+        options=("spec.lifecycle=ephemeral-exec", f"spec.channel.transport={transport}"),
+    )
+    with session.start() as running:
+        session.until("channel", message="exec.output")
+        os.kill(running.pid, signal.SIGSTOP)
+        soon = time.monotonic() + BOUND
+        while (channel := of_the_channel(running.pid)) is None:
+            assert time.monotonic() < soon
+            time.sleep(0.02)
+        before = b""
+        while not is_cut(said := channel.recv(1 << 22, socket.MSG_PEEK)) or said != before:
+            assert time.monotonic() < soon
+            before = said
+            time.sleep(0.2)
+        os.kill(session.until("acquired", resource="vm")["handle"]["pid"], signal.SIGKILL)
+        ended = select.poll()
+        ended.register(channel, select.POLLRDHUP)
+        assert ended.poll(BOUND * 1000)
+        assert is_cut(channel.recv(1 << 22, socket.MSG_PEEK))
+        channel.close()
+        os.kill(running.pid, signal.SIGCONT)
+        out, _ = running.communicate(timeout=BOUND)
+    assert running.returncode == 1
+    assert "failed: VM exited before the command was done: SIGKILL killed QEMU" in out
+    whole = [r for r in session.records("channel") if r.get("message") == "exec.output"]
+    assert {r["outcome"] for r in whole} == {"taken"}
+    assert session.left() == []
+
+
+STRANGER = """
+import json, socket, sys
+hello = {"kind": "hello", "protocol": 1, "session": sys.argv[1], "token": sys.argv[2]}
+data = json.dumps({**hello, "agent": "", "build": "", "capabilities": []}).encode()
+for cid in map(int, sys.argv[3:]):
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as dialling:
+        dialling.settimeout(10)
+        try:
+            dialling.connect((cid, 7881))
+            dialling.sendall(len(data).to_bytes(4, "big") + data)
+            answer = json.loads(dialling.recv(4096)[4:])
+            print(cid, answer["kind"], answer["code"], flush=True)
+        except OSError as error:
+            print(cid, "unreached", flush=True)
+"""
+"""Says the hello of another session to whoever hears."""
+
+
+@pytest.mark.slow
+def test_a_machine_reaches_no_session_but_its_own(base: Path) -> None:
+    """Two machines at once. One knows all of the other's session, and says so to every CID there may be."""
+    other = Session(base, "idle")
+    with other.start() as serving:
+        other.until("entered", state="running")
+        config = (other.directory / "config.raw").read_bytes()
+        token = re.search(rb'HARNESS_VM_TOKEN="([^"]+)"', config)[1].decode()  # type: ignore[index]
+        (base / "2").mkdir()
+        session = Session(
+            base / "2",
+            *("python3.11", "-c", STRANGER, "s1", token, "1", "2", "3", "4", "5", "42"),
+            options=("spec.lifecycle=ephemeral-exec",),
+        )
+        done = session.run()
+        assert done.returncode == 0, done.stdout
+        # The daemon of this machine connects to this session's socket, which has its guest already.
+        assert "2 refused already_connected" in done.stdout
+        assert done.stdout.count("unreached") == 5
+        daemons = [
+            next(r["intent"]["argv"] for r in one.records("intent") if r["resource"] == HELPER)
+            for one in (session, other)
+        ]
+        # Both are CID 3, each to its own daemon with its own sockets.
+        assert set(daemons[0][1:]).isdisjoint(daemons[1][1:])
+        serving.send_signal(signal.SIGINT)
+        out, _ = serving.communicate(timeout=BOUND)
+    heard = [r for r in other.records("channel") if r["direction"] == "from-guest"]
+    assert [r["message"] for r in heard] == ["hello", "bye"]
+    assert "nothing left behind" in out
+    assert session.left() == []
+
+
+# What vhost-device-vsock 0.3.0 does otherwise than a kernel, and why the transport is as it is.
+
+TRAPS = """
+import errno, socket, time
+def dialling(port):
+    made = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    made.settimeout(60)
+    try:
+        made.connect((2, port))
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return made
+print("nobody:", dialling(9009), flush=True)
+half = dialling(9001)
+half.sendall(b"before")
+half.shutdown(socket.SHUT_WR)
+print("after the half close:", half.recv(5), flush=True)
+half.close()
+with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listening:
+    listening.bind((socket.VMADDR_CID_ANY, 9000))
+    listening.listen()
+    dialling(9002).close()
+    connected, _ = listening.accept()
+    print("first words:", connected.recv(100), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def traps() -> Iterator[dict[str, Any]]:
+    """What the guest saw (`guest`) and what the host did, from one machine."""
+    with tempfile.TemporaryDirectory(prefix="kenaz-") as directory:
+        session = Session(
+            Path(directory),
+            *("python3.11", "-c", TRAPS),
+            options=("spec.lifecycle=ephemeral-exec", "spec.timeouts={running: 60s}"),
+        )
+        seen: dict[str, Any] = {}
+        with session.start() as running:
+            uds = session.until("acquired", resource=HELPER)["handle"]["sockets"][1]
+            listeners = {port: socket.socket(socket.AF_UNIX) for port in (9001, 9002)}
+            for port, listening in listeners.items():
+                listening.settimeout(BOUND)
+                listening.bind(f"{uds}_{port}")
+                listening.listen()
+            half, _ = listeners[9001].accept()
+            with half:
+                seen["before"] = half.recv(100)
+                half.settimeout(1)
+                try:
+                    seen["half close"] = half.recv(100)
+                except TimeoutError:
+                    seen["half close"] = None
+                half.sendall(b"still")
+                half.settimeout(BOUND)
+                seen["full close"] = half.recv(100)
+            listeners[9002].accept()[0].close()  # the guest listens now
+            with socket.socket(socket.AF_UNIX) as dialled:
+                dialled.settimeout(BOUND)
+                dialled.connect(uds)
+                dialled.sendall(b"CONNECT 9000\nlost")
+                seen["answer"] = dialled.recv(100)
+                dialled.sendall(b"kept")
+                out, _ = running.communicate(timeout=BOUND)
+            for listening in listeners.values():
+                listening.close()
+        seen["guest"] = out
+        yield seen
+
+
+@pytest.mark.slow
+def test_a_dial_that_nobody_hears_is_not_refused_and_ends_by_its_time(traps: dict[str, Any]) -> None:
+    assert "nobody: ETIMEDOUT" in traps["guest"]
+
+
+@pytest.mark.slow
+def test_a_half_close_does_not_reach_the_host_and_a_full_one_does(traps: dict[str, Any]) -> None:
+    assert (traps["before"], traps["half close"], traps["full close"]) == (b"before", None, b"")
+    assert "after the half close: b'still'" in traps["guest"]
+
+
+@pytest.mark.slow
+def test_what_follows_connect_before_its_answer_is_lost(traps: dict[str, Any]) -> None:
+    assert traps["answer"] == b"OK 9000\n"
+    assert "first words: b'kept'" in traps["guest"]
+
+
+def test_the_daemon_exits_with_0_where_its_arguments_are_wrong() -> None:
+    command = [find_vsock_daemon()[0], "--guest-cid=3", "--socket=x"]  # and no path for its sockets
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    assert (done.returncode, done.stdout[:24]) == (0, "Error parsing arguments:")
