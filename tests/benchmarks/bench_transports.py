@@ -1,5 +1,5 @@
-"""Throughput and round trip through a real guest, for each transport that this host has. Prints JSON, then the
-table for docs/performance.md. Needs QEMU and the demo image; a transport whose parts are missing is left
+"""Throughput and round trip through a real guest, for each transport that this host has. Prints JSON, then
+the table for docs/performance.md. Needs QEMU and the demo image; a transport whose parts are missing is left
 out, and named.
 
 The guest's agent starts a small program and is then ended; that program takes the channel and does what
