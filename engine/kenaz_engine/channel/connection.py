@@ -123,7 +123,9 @@ class Connection:
         self._rest = b""  # of a frame that the stream has taken in part
         # A stream that is a socket may be read and written without trio's own steps, and be written without
         # its task and from several pieces of memory.
-        self._socket = stream if sys.platform != "win32" and isinstance(stream, trio.SocketStream) else None
+        self._socket: trio.SocketStream | None = None
+        if sys.platform != "win32" and isinstance(stream, trio.SocketStream):
+            self._socket = stream
         self._turns = 0  # for others, before the next read
         self.outbox = Outbox(queue)
         self.inbox: Inbox | None = None
