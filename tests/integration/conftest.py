@@ -11,14 +11,20 @@ import os
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+
+from kenaz_engine.channel.connection import Connection
+from kenaz_engine.channel.framing import LengthPrefixed
 
 Sets = dict[str, Any]
+Told = tuple[Sets, list[Sets]]
 
 PARTS = {"kernel": b"k" * 600_000, "initrd": b"initrd", "root": bytes(range(256)) * 12_000}
 
@@ -210,6 +216,50 @@ def catalog_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Set
         return path
 
     return write
+
+
+@pytest.fixture
+def with_harness(tmp_path: Path) -> Callable[..., Awaitable[Told]]:
+    """Runs a session of that file whose harness, at its own end of a connection, plays; the session's result,
+    and what else it told as JSON."""
+
+    async def run(
+        spec: Path, sets: Sequence[str], play: Callable[[Connection], Awaitable[None]], *, seconds: float
+    ) -> Told:
+        path = tmp_path / "harness"
+        listening = trio.socket.socket(trio.socket.AF_UNIX)
+        await listening.bind(str(path))
+        listening.listen()
+        words = [word for value in sets for word in ("--set", value)]
+        program = [sys.executable, "-m", "kenaz_engine.cli.main", "run", str(spec), "--json"]
+
+        dialled = trio.CancelScope()
+
+        async def serve() -> None:
+            with listening, dialled:
+                connected, _ = await listening.accept()
+            if dialled.cancelled_caught:
+                return
+            connection = Connection(trio.SocketStream(connected), LengthPrefixed(), queue=1 << 20, write=10)
+            try:
+                await play(connection)
+            finally:
+                await connection.aclose()
+
+        with trio.fail_after(seconds):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve)
+                ran = await trio.run_process(
+                    [*program, "--harness", f"unix:{path}", *words],
+                    env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+                    capture_stdout=True,
+                    check=False,
+                )
+                dialled.cancel()  # it may never have come so far
+        lines = [json.loads(line) for line in ran.stdout.splitlines()]
+        return lines[-1], lines[:-1]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from kenaz_engine.channel.connection import Connection
-from kenaz_engine.channel.framing import LINE_OUT, LengthPrefixed
+from kenaz_engine.channel.framing import LINE_OUT
 from kenaz_engine.guest import cpio
 from kenaz_engine.guest.build import build
 from kenaz_engine.guest.recipe import FILES
@@ -104,40 +101,20 @@ class Harness:
         await self._connection.flush()
 
 
-async def session(
-    directory: Path, image: Path, play: Callable[[Harness], Awaitable[None]], *sets: str
-) -> tuple[Message, list[Message]]:
-    """Runs a session whose harness plays; its result, and the records of its journal."""
-    path = directory / "harness"
-    (directory / "spec.yaml").write_text(SPEC.format(image=image))
-    listening = trio.socket.socket(trio.socket.AF_UNIX)
-    await listening.bind(str(path))
-    listening.listen()
-    words = [word for value in sets for word in ("--set", value)]
-    program = [sys.executable, "-m", "kenaz_engine.cli.main", "run", str(directory / "spec.yaml"), "--json"]
+Play = Callable[[Harness], Awaitable[None]]
+Run = Callable[..., Awaitable[tuple[Message, list[Message]]]]
 
-    async def serve() -> None:
-        with listening:
-            connected, _ = await listening.accept()
-        connection = Connection(trio.SocketStream(connected), LengthPrefixed(), queue=1 << 20, write=10)
-        try:
-            await play(Harness(connection))
-        finally:
-            await connection.aclose()
 
-    with trio.fail_after(SECONDS):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve)
-            ran = await trio.run_process(
-                [*program, "--harness", f"unix:{path}", *words],
-                env={**os.environ, "XDG_STATE_HOME": str(directory)},
-                capture_stdout=True,
-                check=False,
-            )
-            if ran.returncode:
-                nursery.cancel_scope.cancel()
-    lines = [json.loads(line) for line in ran.stdout.splitlines()]
-    return lines[-1], lines[:-1]
+@pytest.fixture
+def session(with_harness: Run, image: Path, tmp_path: Path) -> Run:
+    """Runs a session with that image, whose harness plays."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC.format(image=image))
+
+    async def run(play: Play, *sets: str) -> tuple[Message, list[Message]]:
+        return await with_harness(spec, sets, lambda it: play(Harness(it)), seconds=SECONDS)
+
+    return run
 
 
 async def reads(harness: Harness) -> None:
@@ -218,13 +195,13 @@ async def the_end(harness: Harness) -> None:
     await harness.expect("session.close", outcome="success")
 
 
-async def test_a_session_with_all_that_this_guest_does(tmp_path: Path, image: Path) -> None:
+async def test_a_session_with_all_that_this_guest_does(session: Run) -> None:
     async def play(harness: Harness) -> None:
         await harness.expect("session.open", build="", capabilities=["approval"], protocol=1)
         for part in (reads, lines, tasks, a_drop, the_end):
             await part(harness)
 
-    result, records = await session(tmp_path, image, play)
+    result, records = await session(play)
     assert (result["success"], result["exit"], result["left"]) == (True, 0, []), result
     way = [r["state"] for r in records if r["kind"] == "entered"]
     assert way[-6:] == ["running", "reconnecting", "running", "draining", "stopping", "releasing"]
@@ -244,7 +221,7 @@ async def test_a_session_with_all_that_this_guest_does(tmp_path: Path, image: Pa
 
 
 @pytest.mark.slow
-async def test_approvals_are_asked_for_only_where_somebody_decides(tmp_path: Path, image: Path) -> None:
+async def test_approvals_are_asked_for_only_where_somebody_decides(session: Run) -> None:
     async def play(harness: Harness) -> None:
         await harness.expect("session.open", capabilities=[])
         await harness.say(kind="task.start", task_id="t1", prompt="ask")
@@ -257,5 +234,5 @@ async def test_approvals_are_asked_for_only_where_somebody_decides(tmp_path: Pat
         await harness.say(kind="end")
         await harness.expect("session.close", outcome="success")
 
-    result, _ = await session(tmp_path, image, play, "spec.channel.approvals=none")
+    result, _ = await session(play, "spec.channel.approvals=none")
     assert (result["success"], result["left"]) == (True, [])

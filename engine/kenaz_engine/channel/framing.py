@@ -55,18 +55,14 @@ class Framing(Protocol):
         ...
 
 
-class LengthPrefixed:
-    """4 bytes of length, big-endian and unsigned, then that many bytes; 1 to `limit` of them.
+class _Cutter:
+    """What cuts a stream holds of it: what is not complete, or what was wrong."""
 
-    Holds at most one frame that is not complete: `limit` and its header, beside what `feed` was given. A
-    length that is not allowed is found as soon as its four bytes are there, before anything of its payload
-    is kept.
-    """
+    _unit: str
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
-        self._wanted = HEADER  # bytes in the buffer with which something new is known
         self._error: FramingError | None = None
 
     @property
@@ -78,6 +74,28 @@ class LengthPrefixed:
     def error(self) -> FramingError | None:
         """What is wrong after the frames that were returned so far. No frame follows it."""
         return self._error
+
+    def close(self) -> None:
+        """The stream has ended. Raises FramingError when it did so within a frame or after an error."""
+        if self._error is not None:
+            raise self._error
+        if self._buffer:
+            raise FramingError("frame_cut", f"the stream ended {len(self._buffer)} bytes into a {self._unit}")
+
+
+class LengthPrefixed(_Cutter):
+    """4 bytes of length, big-endian and unsigned, then that many bytes; 1 to `limit` of them.
+
+    Holds at most one frame that is not complete: `limit` and its header, beside what `feed` was given. A
+    length that is not allowed is found as soon as its four bytes are there, before anything of its payload
+    is kept.
+    """
+
+    _unit = "frame"
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        super().__init__(limit)
+        self._wanted = HEADER  # bytes in the buffer with which something new is known
 
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that `data` completes, in order. After an error, bytes are dropped."""
@@ -124,13 +142,6 @@ class LengthPrefixed:
         self._reset()
         self._error = self._refusal(length)
         return payloads
-
-    def close(self) -> None:
-        """The stream has ended. Raises FramingError when it did so within a frame or after an error."""
-        if self._error is not None:
-            raise self._error
-        if self._buffer:
-            raise FramingError("frame_cut", f"the stream ended {len(self._buffer)} bytes into a frame")
 
     def encode(self, payload: bytes) -> bytes:
         """The payload as a frame. Raises FramingError when it does not fit in one."""
@@ -203,7 +214,7 @@ LINE_OUT = 64 * 1024
 word at the first longer one."""
 
 
-class Lines:
+class Lines(_Cutter):
     """One payload a line. Lines that come may have `limit` bytes, those that go `limit_out`, each with its
     newline.
 
@@ -211,21 +222,11 @@ class Lines:
     one line that is not complete; each byte is looked at once, however small the pieces are.
     """
 
+    _unit = "line"
+
     def __init__(self, limit: int = DEFAULT_LIMIT, limit_out: int = LINE_OUT) -> None:
-        self._limit = limit
+        super().__init__(limit)
         self._limit_out = limit_out
-        self._buffer = bytearray()
-        self._error: FramingError | None = None
-
-    @property
-    def pending(self) -> int:
-        """Bytes held back until their line is complete."""
-        return len(self._buffer)
-
-    @property
-    def error(self) -> FramingError | None:
-        """What is wrong after the lines that were returned so far. No line follows it."""
-        return self._error
 
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that `data` completes, in order. After an error, bytes are dropped."""
@@ -248,13 +249,6 @@ class Lines:
                 if line := line.removesuffix(b"\r"):
                     payloads.append(line)
         return payloads
-
-    def close(self) -> None:
-        """The stream has ended. Raises FramingError when it did so within a line or after an error."""
-        if self._error is not None:
-            raise self._error
-        if self._buffer:
-            raise FramingError("frame_cut", f"the stream ended {len(self._buffer)} bytes into a line")
 
     def encode(self, payload: bytes) -> bytes:
         """The payload as a line. Raises FramingError when it does not fit in one."""

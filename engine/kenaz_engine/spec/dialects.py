@@ -12,6 +12,17 @@ from kenaz_engine.spec.yamlfile import Document, Path, dotted, shorten
 _CONNECTOR = re.compile(r"[a-z][a-z0-9-]{0,63}\.\*")
 _CHANNEL = ("spec", "channel")
 
+_NO_VSOCK = "today's harness-vm listens on TCP alone, not on AF_VSOCK"
+_NOT_DIALLED = {
+    "vsock": _NO_VSOCK,
+    "vhost-user-vsock": _NO_VSOCK,
+    "vfkit": _NO_VSOCK,
+    "hyperv": _NO_VSOCK,
+    "virtio-serial": "nobody dials a virtio-serial port: it is one stream, and today's harness-vm opens none",
+    "unix": "today's harness-vm listens on TCP alone, not on a UNIX socket",
+}
+"""Why a guest cannot be dialled over that transport."""
+
 
 def dialect_faults(document: Document) -> Iterator[Fault]:
     """Values that exclude each other. Those of a wrong type are faults already."""
@@ -34,7 +45,8 @@ def dialect_faults(document: Document) -> Iterator[Fault]:
         yield fault((*_CHANNEL, "dial"), message, "add framing: ndjson, or take dial: host out")
     if dialled and transport != "tcp":
         where = (*_CHANNEL, "transport" if document.node((*_CHANNEL, "transport")) else "dial")
-        yield fault(where, "today's harness-vm listens on TCP alone", "transport: tcp, and network: nat")
+        message = _NOT_DIALLED.get(transport, "today's harness-vm listens on TCP alone")
+        yield fault(where, message, "transport: tcp, and network: nat")
     if transport == "tcp":
         where = (*_CHANNEL, "transport")
         if not dialled:
