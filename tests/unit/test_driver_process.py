@@ -244,7 +244,7 @@ async def test_alone_means_that_process_only(tmp_path):
 
 @pytest.mark.parametrize("leader", ["lives", "is gone", "was never known"])
 async def test_what_left_its_leader_is_found_by_its_mark(tmp_path, leader):
-    script = f"setsid sleep 600 & echo $! > {tmp_path}/far; wait"
+    script = f"setsid sh -c 'echo $$ > {tmp_path}/far; exec sleep 600' & wait"
     child = spawn(["sh", "-c", script], env={**os.environ, MARK: "m-1"})
     other = spawn(SLEEP, env={**os.environ, MARK: "m-12"})
     try:
