@@ -250,6 +250,9 @@ async def test_what_left_its_leader_is_found_by_its_mark(tmp_path, leader):
     try:
         far = await number_in(tmp_path / "far")
         assert child.handle["mark"] == "m-1"
+        with trio.fail_after(5):
+            while os.getsid(far["pid"]) != far["pid"]:  # its number is told before it leaves
+                await trio.sleep(0.005)
         if leader == "is gone":
             await child.end()
             assert is_alive(far)
