@@ -35,6 +35,9 @@ download-image: which-image host-session .venv/ready-to-run ## fetch an image (I
 run-vm: image ## run a session in a real machine, never in a mere process (SPEC=specs/sessions/hello.yaml)
 	@$(LAUNCHER) run $(SPEC) --set spec.driver=qemu
 
+image-sigilos: host-image-sigilos .venv/ready-to-run ## build the image with systemd, greetd and sway
+	@$(LAUNCHER) image build sigilos
+
 run-vm-aarch64: host-vm-aarch64 image-aarch64 ## the same for aarch64, emulated where the host is another (SPEC=...)
 	@$(LAUNCHER) run $(SPEC) --set spec.driver=qemu --set spec.machine.arch=aarch64
 
@@ -94,6 +97,9 @@ host-lint:
 host-image-aarch64:
 	@.ci/setup image-aarch64
 
+host-image-sigilos:
+	@.ci/setup image-sigilos
+
 host-vm-aarch64:
 	@.ci/setup vm-aarch64
 
@@ -114,6 +120,6 @@ host-vm-aarch64:
 	@$(PIP) --editable . --group test --group lint
 	@touch .venv/ready-to-run $@
 
-.PHONY: help session image image-aarch64 download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz soak lint format clean \
+.PHONY: help session image image-aarch64 image-sigilos download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz soak lint format clean \
 	which-image host-session host-test host-lint host-image-aarch64 \
-	host-vm-aarch64
+	host-image-sigilos host-vm-aarch64

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 JsonObject = Mapping[str, Any]
 """A JSON object: string keys; values are None, bool, int, float, str, lists and objects of these."""
@@ -103,8 +103,9 @@ class LaunchRequest:
     `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `vfkit`, `hyperv` (where the
     handle has the machine's id, as `vm`, before `ready`), `unix`, `tcp`. For `tcp` the driver
     forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is 0 where it
-    is not known yet. `mark` is a name that nothing else ever has: whatever `launch` makes must be found by
-    it, also when nobody saw it made.
+    is not known yet. `display` is `none`, `window`, or `vnc`, for which `runtime` has a directory `screen`,
+    where the socket `vnc` is to be made. `mark` is a name that nothing else ever has: whatever `launch` makes
+    must be found by it, also when nobody saw it made.
     """
 
     session: str
@@ -204,6 +205,14 @@ class Machine(Protocol):
         """Returns when the guest has the channel's virtio-serial port closed, having had it open: true at
         some moment after the call. Never returns where the driver cannot tell."""
         ...
+
+
+@runtime_checkable
+class Screen(Protocol):
+    """What a Machine is besides, where its screen can be seen."""
+
+    async def screenshot(self, path: str) -> None:
+        """Writes what the screen shows to `path`, as PNG. Raises DriverError."""
 
 
 class Driver(Protocol):

@@ -159,8 +159,8 @@ class World:
 
         self.until(holds)
 
-    def until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + BOUND
+    def until(self, holds: Callable[[], bool], bound: float = BOUND) -> None:
+        deadline = time.monotonic() + bound
         while not holds():
             assert time.monotonic() < deadline
             time.sleep(0.02)

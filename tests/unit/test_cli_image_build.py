@@ -18,10 +18,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the builder was called with; an exception put in there is raised instead."""
     calls: list[Any] = []
 
-    def build(*given: Any, force: bool, report: Any) -> None:
+    def build(*given: Any, force: bool, report: Any, kind: Any) -> None:
         if calls:
             raise calls.pop()
-        calls.append((*given, force))
+        calls.append((kind.name, *given, force))
         report("building")
 
     monkeypatch.setattr(image_build, "build", build)
@@ -33,10 +33,12 @@ def test_the_builder_is_told_what_was_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["image", "build", "--arch", "aarch64"]) == 0
-    assert built.pop() == ("aarch64", None, False)
+    assert built.pop() == ("demo", "aarch64", None, False)
     assert main(["image", "build", "--arch", "x86_64", "--output", "out", "--force"]) == 0
-    assert built.pop() == ("x86_64", tmp_path / "out", True)
-    assert capsys.readouterr().out == "building\nbuilding\n"
+    assert built.pop() == ("demo", "x86_64", tmp_path / "out", True)
+    assert main(["image", "build", "sigilos", "--arch", "x86_64"]) == 0
+    assert built.pop() == ("sigilos", "x86_64", None, False)
+    assert capsys.readouterr().out == "building\n" * 3
 
 
 def test_an_architecture_without_demo_image_is_told(
@@ -44,6 +46,12 @@ def test_an_architecture_without_demo_image_is_told(
 ) -> None:
     assert main(["image", "build", "--arch", "riscv64"]) == 2
     said = "kenaz-launcher: there is no demo image for riscv64 (--arch x86_64 or aarch64)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_image_that_cannot_be_built_is_told(built: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image", "build", "windows"]) == 2
+    said = "kenaz-launcher: windows cannot be built here (demo or sigilos can)\n"
     assert capsys.readouterr().err == said
 
 

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from kenaz_drivers._common.identity import identify
+from kenaz_drivers.contract import DriverError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.cli import end, logs, ps
 from kenaz_engine.cli.main import main
@@ -305,6 +306,12 @@ def test_follow_stays_until_the_session_ends(
 # --- end ----------------------------------------------------------------------------------------------------
 
 
+async def photograph(path: str) -> None:
+    if "screen" in path:
+        raise DriverError("this machine has no screen", hint="machine.display: vnc or window")
+    await trio.Path(path).write_bytes(b"PNG")
+
+
 @contextlib.contextmanager
 def serving(directory: Path, heard: Callable[[str], None]) -> Iterator[None]:
     """The control socket of a living session, in a thread with a trio of its own."""
@@ -315,7 +322,7 @@ def serving(directory: Path, heard: Callable[[str], None]) -> Iterator[None]:
         token.append(trio.lowlevel.current_trio_token())
         listener = listen_unix(directory / "control.sock")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_control, listener, heard)
+            nursery.start_soon(serve_control, listener, heard, photograph)
             ready.set()
             await stop.wait()
             nursery.cancel_scope.cancel()
@@ -340,6 +347,16 @@ def test_end_asks_the_session(sessions: Sessions, capsys: Capture, option: list[
         assert main(["end", "hello", *option]) == 0
     assert heard == [command]
     assert capsys.readouterr().out == f"hello-1: asked to {command}\n"
+
+
+def test_a_picture_appears_whole_or_not_at_all(sessions: Sessions, capsys: Capture, tmp_path: Path) -> None:
+    directory = sessions.put("hello-1", *RECORDS, alive=True)
+    with serving(directory, lambda command: None):
+        assert main(["screenshot", "hello", str(tmp_path / "out.png")]) == 0
+        assert (tmp_path / "out.png").read_bytes() == b"PNG"
+        assert main(["screenshot", "hello", str(tmp_path / "screen.png")]) == 1
+    assert "this machine has no screen (machine.display: vnc or window)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if "png" in path.name] == ["out.png"]
 
 
 @pytest.mark.parametrize(

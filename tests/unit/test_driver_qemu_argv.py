@@ -63,6 +63,13 @@ def over_vhost_user(daemon="/usr/bin/vhost-device-vsock", accel="tcg", **changes
     return replace(request, capabilities=capabilities, **changes)
 
 
+def on_a_desktop(**changes):
+    capabilities = Capabilities(
+        usable=True, reasons=(), arch="x86_64", accelerator="tcg", data={"window": "gtk"}
+    )
+    return replace(request_for(), capabilities=capabilities, **changes)
+
+
 CASES = {
     "auto-tcg-serial": request_for(),
     "auto-kvm-serial": request_for(accel="kvm"),
@@ -94,6 +101,8 @@ CASES = {
         forward=49152,
         mark="hello-1",
     ),
+    "q35-vnc": request_for(display="vnc"),
+    "q35-window": on_a_desktop(display="window"),
     "virt-hvf-serial": request_for("aarch64", "hvf"),
     "virt-tcg-vsock": request_for("aarch64", transport="vsock", cid=7, initrd="", cmdline="", disks=()),
 }
@@ -119,6 +128,7 @@ def test_the_command_line_is_the_golden_one(name):
         ({"kernel": "/a\0b"}, "NUL"),
         ({"cmdline": "a\0b"}, "NUL"),
         ({"display": "gtk"}, "display"),
+        ({"display": "vnc", "runtime": "/run/" + "k" * 100}, "116 bytes"),
         ({"network": "bridge"}, "network"),
         ({"disks": (Disk("root", "/d", "directory"),)}, "directory"),
         ({"disks": (Disk("swap", "/d", "raw"),)}, "swap"),
@@ -149,6 +159,12 @@ def test_what_cannot_be_done_is_refused_by_name(changes, message):
 def test_a_vsock_device_that_cannot_be_is_refused(changes, message):
     with pytest.raises(DriverError, match=message):
         build(over_vhost_user(**changes), FACTS["x86_64"])
+
+
+def test_a_window_is_refused_where_there_is_no_desktop():
+    with pytest.raises(DriverError, match="no desktop to open a window on") as caught:
+        build(request_for(display="window"), FACTS["x86_64"])
+    assert caught.value.hint == "display: vnc"
 
 
 def test_an_explicit_machine_that_is_missing_names_the_others():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import queue
 import re
 import struct
@@ -20,8 +21,8 @@ from kenaz_engine.guest.recipe import (
     FILES,
     HOST_PACKAGES,
     LATE_MODULES,
-    MODULES,
 )
+from kenaz_engine.guest.sigilos import GROUPS
 from kenaz_engine.images.manifest import PATTERN_EVENTS
 
 
@@ -95,16 +96,22 @@ def test_an_x86_kernel_is_unpacked(tmp_path: Path) -> None:
     packed = subprocess.run(["lz4", "-lc"], input=b"vmlinux" * 1000, capture_output=True, check=True).stdout
     path = tmp_path / "vmlinuz"
     path.write_bytes(setup_header(packed + struct.pack("<I", 7000)))
-    assert builder._kernel(ARCHITECTURES["x86_64"], path, print) == b"vmlinux" * 1000
+    assert builder.unpack_kernel(ARCHITECTURES["x86_64"], path, print) == b"vmlinux" * 1000
 
 
 def test_a_kernel_packed_otherwise_or_of_another_kind_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "vmlinuz"
-    path.write_bytes(setup_header(b"\xfd7zXZ\0"))
+    path.write_bytes(setup_header(b"BZh9"))
     said: list[str] = []
-    assert builder._kernel(ARCHITECTURES["x86_64"], path, said.append) == path.read_bytes()
-    assert said == ["the kernel is not packed with lz4; using it packed, which boots slower"]
-    assert builder._kernel(ARCHITECTURES["aarch64"], path, said.append) == path.read_bytes()
+    assert builder.unpack_kernel(ARCHITECTURES["x86_64"], path, said.append) == path.read_bytes()
+    assert said == ["the kernel is packed neither with lz4 nor with xz; using it packed, which boots slower"]
+    assert builder.unpack_kernel(ARCHITECTURES["aarch64"], path, said.append) == path.read_bytes()
+
+
+def test_a_kernel_packed_with_xz_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(setup_header(lzma.compress(b"vmlinux" * 1000)))
+    assert builder.unpack_kernel(ARCHITECTURES["x86_64"], path, print) == b"vmlinux" * 1000
 
 
 def test_missing_tools_are_told_with_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +124,7 @@ def test_missing_tools_are_told_with_their_packages(tmp_path: Path, monkeypatch:
 
 def test_a_tool_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(builder.BuildError, match="dpkg -x failed with status 2: dpkg-deb: error: "):
-        builder._run("dpkg", "-x", tmp_path / "none.deb", tmp_path)
+        builder.run("dpkg", "-x", tmp_path / "none.deb", tmp_path)
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, **by_tool: str) -> None:
@@ -126,13 +133,13 @@ def answers(monkeypatch: pytest.MonkeyPatch, **by_tool: str) -> None:
     def run(tool: str, *arguments: object, **_: object) -> str:
         return by_tool[f"{tool}_{arguments[0]}".replace("-", "_")]
 
-    monkeypatch.setattr(builder, "_run", run)
+    monkeypatch.setattr(builder, "run", run)
 
 
 def test_a_foreign_architecture_must_be_known_to_dpkg(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, dpkg___print_architecture="amd64\n", dpkg___print_foreign_architectures="")
     with pytest.raises(builder.BuildError, match="no packages for arm64") as caught:
-        builder._resolve(ARCHITECTURES["aarch64"])
+        builder.resolve(ARCHITECTURES["aarch64"])
     assert caught.value.hint == "dpkg --add-architecture arm64 && apt-get update"
 
 
@@ -147,7 +154,7 @@ def test_empty_package_lists_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         builder.BuildError, match=r"do not have linux-image-6\.1\.0-1-cloud-amd64, busybox"
     ) as caught:
-        builder._resolve(ARCHITECTURES["x86_64"])
+        builder.resolve(ARCHITECTURES["x86_64"])
     assert "libc6," not in str(caught.value)
     assert caught.value.hint == "apt-get update"
 
@@ -158,24 +165,24 @@ def test_a_failed_download_says_how_to_renew_the_lists(
     def run(*_: object, **__: object) -> str:
         raise builder.BuildError("404")
 
-    monkeypatch.setattr(builder, "_run", run)
+    monkeypatch.setattr(builder, "run", run)
     with pytest.raises(builder.BuildError, match="packages could not be fetched: 404") as caught:
-        builder._download(ARCHITECTURES["x86_64"], {"libc6": "1"}, tmp_path)
+        builder.download(ARCHITECTURES["x86_64"], {"libc6": "1"}, tmp_path)
     assert caught.value.hint == "apt-get update"
 
 
 def test_a_package_with_modules_for_no_kernel_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lib/modules").mkdir(parents=True)
     with pytest.raises(builder.BuildError, match="modules for 0 kernels"):
-        builder._release(tmp_path)
+        builder.kernel_release(tmp_path)
 
 
 @pytest.fixture
 def false_make(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the costly part of a build; gets a line for each build that is made."""
     made: list[str] = []
-    monkeypatch.setattr(builder, "_resolve", lambda target: {"libc6": "1"})
-    monkeypatch.setattr(builder, "_require_tools", lambda: None)
+    monkeypatch.setattr(builder, "resolve", lambda target: {"libc6": "1"})
+    monkeypatch.setattr(builder, "_require_tools", lambda kind: None)
 
     def make(target: object, packages: object, inputs: str, scratch: Path, report: object) -> Path:
         made.append(inputs)
@@ -214,10 +221,10 @@ def test_new_package_lists_with_the_same_packages_build_nothing(
     tmp_path: Path, false_make: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder.build("x86_64", tmp_path / "image", report=print)
-    monkeypatch.setattr(builder, "_package_lists", lambda: [("new", 1, 2)])
+    monkeypatch.setattr(builder, "_package_lists", lambda target: [("new", 1, 2)])
     builder.build("x86_64", tmp_path / "image", report=print)
-    monkeypatch.setattr(builder, "_package_lists", lambda: [("newer", 1, 2)])
-    monkeypatch.setattr(builder, "_resolve", lambda target: {"libc6": "2"})
+    monkeypatch.setattr(builder, "_package_lists", lambda target: [("newer", 1, 2)])
+    monkeypatch.setattr(builder, "resolve", lambda target: {"libc6": "2"})
     builder.build("x86_64", tmp_path / "image", report=print)
     assert len(false_make) == 2
 
@@ -289,7 +296,7 @@ def test_a_file_that_debugfs_cannot_take_is_told(tmp_path: Path) -> None:
         pytest.raises(builder.BuildError, match=r"debugfs could not fill the root file system: .*write"),
     ):
         patch.setattr(ext4, "options", lambda *_: (["-q", "-F", "-t", "ext4", "-b", "4096"], 64))
-        builder._make_ext4(root, tmp_path / "image", 1234)
+        builder.make_ext4(root, tmp_path / "image", 1234)
 
 
 def test_console_patterns_raise_known_events_and_compile() -> None:
@@ -300,7 +307,7 @@ def test_console_patterns_raise_known_events_and_compile() -> None:
 
 def test_the_inits_load_what_the_recipe_packs() -> None:
     script = (FILES / "initrd-init.sh").read_text()
-    assert set(re.findall(r"\bload ([a-z]+)", script)) == set(MODULES)
+    assert set(re.findall(r"\bload ([a-z]+)", script)) == set(GROUPS)
     assert "evdev" in LATE_MODULES
 
 

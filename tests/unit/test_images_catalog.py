@@ -92,7 +92,7 @@ async def test_an_image_is_found_by_name_tag_digest_and_path(tmp_path: Path) -> 
         ("demo", "aarch64", "image demo for aarch64 is not on this machine", "run `make image-aarch64`"),
         ("demo", "riscv64", "there is no image demo for riscv64", "it is there for x86_64, aarch64"),
         ("demmo", "x86_64", "there is no image demmo", "did you mean demo?"),
-        ("zork", "x86_64", "there is no image zork", "known are: demo"),
+        ("zork", "x86_64", "there is no image zork", "known are: demo, sigilos"),
         ("demo:2.0", "x86_64", "image demo is here with tag 1.0, not 2.0", ""),
         ("/nowhere/image.json", "x86_64", "there is no /nowhere/image.json", ""),
         ("/nowhere/disk.raw", "x86_64", "there is no /nowhere/disk.raw", ""),

@@ -147,11 +147,11 @@ def test_the_users_catalog_goes_before_the_shipped_one(
 ) -> None:
     monkeypatch.delenv("KENAZ_CATALOG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    assert list(catalog()) == ["demo"]
+    assert list(catalog()) == ["demo", "sigilos"]
     (tmp_path / "kenaz").mkdir()
     (tmp_path / "kenaz/catalog.yaml").write_text(HEAD + "  demo: {arch: {x86_64: {hint: mine}}}\n" + FULL)
     assert catalog()["demo"].offers["x86_64"].hint == "mine"
-    assert len(catalog()) == 4
+    assert len(catalog()) == 5
     monkeypatch.setenv("KENAZ_CATALOG", str(tmp_path / "gone.yaml"))
     with pytest.raises(ImageError, match=r"there is no catalog .*gone\.yaml"):
         catalog()

@@ -16,11 +16,18 @@ from typing import Any
 import pytest
 import trio
 
+from kenaz_drivers.contract import DriverError
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.session.control import ControlError, ask, serve_control
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="UNIX sockets")
+
+
+async def photograph(path: str) -> None:
+    if not path:
+        raise DriverError("this machine has no screen", hint="machine.display: vnc")
+    Path(path).write_bytes(b"PNG")
 
 
 @asynccontextmanager
@@ -29,9 +36,18 @@ async def served(directory: Path) -> AsyncIterator[tuple[Path, list[str]]]:
     path, asked = directory / "control.sock", list[str]()
     async with trio.open_nursery() as nursery:
         listener = listen_unix(path)
-        nursery.start_soon(serve_control, listener, asked.append)
+        nursery.start_soon(serve_control, listener, asked.append, photograph)
         yield path, asked
         await listener.aclose()
+
+
+async def test_a_picture_is_made_where_it_is_asked_for_or_the_mend_is_told(tmp_path: Path) -> None:
+    async with served(tmp_path) as (path, asked):
+        await ask(path, "screenshot", path=str(tmp_path / "out.png"))
+        assert (tmp_path / "out.png").read_bytes() == b"PNG"
+        with pytest.raises(ControlError, match=r"no screen \(machine.display: vnc\)"):
+            await ask(path, "screenshot", path="")
+        assert asked == []
 
 
 async def test_a_session_is_asked_to_end_and_to_abort(tmp_path: Path) -> None:
@@ -78,7 +94,7 @@ class Exhausted:
 
 async def test_a_lack_of_descriptors_is_waited_out(autojump_clock: Any) -> None:
     listener: Any = Exhausted()
-    await serve_control(listener, lambda command: None)
+    await serve_control(listener, lambda command: None, photograph)
     assert listener.calls[1] - listener.calls[0] == pytest.approx(1)
 
 

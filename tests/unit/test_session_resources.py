@@ -142,6 +142,13 @@ def test_the_way_to_the_channel_is_split_as_far_as_the_guest_told() -> None:
         Phase("user land", 1.0),
         Phase("handshake", 0.5),
     ]
+    clock = {"init": 1.0, "login": 2.0, "agent": 2.5, "hello": 3.0}
+    assert phases([MADE, {**HELLO, "clock": clock}, OPENED])[2:-1] == [
+        Phase("kernel", 1.0),
+        Phase("user land", 1.0),
+        Phase("desktop", 0.5),
+        Phase("workbench", 0.5),
+    ]
     assert phases([MADE, HELLO, OPENED]) == [
         Phase("host set-up", 1.0),
         Phase("guest", 4.0),

@@ -133,7 +133,7 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
     descriptors: dict[int, str] = {}
     helpers: tuple[Helper, ...] = ()
 
-    argv = [facts.binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv = [facts.binary, "-nodefaults", "-no-user-config", *_display(request), "-no-reboot"]
     argv += ["-name", f"guest=kenaz-{escape(request.session)}"]
     shared = request.transport == "vhost-user-vsock"
     memory = f"{-(-request.memory // MIB)}M"
@@ -168,6 +168,9 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
         argv += ["-chardev", f"socket,id=console,fd={CONSOLE_FD}"]
     argv += ["-serial", "chardev:console"]
     argv += ["-device", f"virtio-rng-{bus}"]
+    if request.display != "none":
+        argv += ["-device", f"virtio-gpu-{bus}", "-device", f"virtio-keyboard-{bus}"]
+        argv += ["-device", f"virtio-tablet-{bus}"]
     for disk in request.disks:
         # With a kernel of ours, QEMU's loader has the first place already.
         argv += _disk(disk, bus, boots=disk.role == "root" and not request.kernel)
@@ -237,6 +240,23 @@ def vsock_daemon(request: LaunchRequest) -> Helper:
     )
 
 
+def _display(request: LaunchRequest) -> list[str]:
+    """VNC is served on a UNIX socket only: it has no password, and a port is everybody's."""
+    match request.display:
+        case "none":
+            return ["-display", "none"]
+        case "vnc":
+            path = f"{request.runtime}/screen/vnc"
+            _check_socket(path)
+            return ["-display", "none", "-vnc", f"unix:{path}"]
+        case "window":
+            window = str(request.capabilities.data.get("window", ""))
+            if not window:
+                raise DriverError("there is no desktop to open a window on", hint="display: vnc")
+            return ["-display", window]
+    raise DriverError(f"display {request.display!r} is unknown to this driver", hint="none, window or vnc")
+
+
 def _disk(disk: Disk, bus: str, *, boots: bool) -> list[str]:
     serial = _SERIALS[disk.role]
     drive = f"if=none,id={serial},format={disk.format},file={escape(disk.path)}"
@@ -251,8 +271,6 @@ def _check(request: LaunchRequest, facts: Facts) -> None:
     paths = [request.kernel, request.initrd, request.channel, *(disk.path for disk in request.disks)]
     if any("\0" in text for text in (*paths, request.cmdline, request.session)):
         raise DriverError("a NUL character cannot stand in a command line", hint="rename the file")
-    if request.display != "none":
-        raise DriverError(f"display {request.display!r}: this driver shows no screen", hint="display: none")
     if request.network not in {"none", "nat"}:
         raise DriverError(f"network {request.network!r} is unknown to this driver", hint="none or nat")
     for disk in request.disks:

@@ -25,7 +25,7 @@ from kenaz_drivers.contract import (
 )
 from kenaz_drivers.qemu import probe
 from kenaz_drivers.qemu.argv import CHARDEV_ID, PORT_ID, Facts, build
-from kenaz_drivers.qemu.qmp import Event, QmpClient, QmpError
+from kenaz_drivers.qemu.qmp import Event, QmpClient, QmpError, QmpRefused
 
 GREETING_DEADLINE = 20.0
 """Seconds for QEMU to set the machine up and answer. It takes 0.05; a cold, busy disk has taken 5."""
@@ -155,6 +155,18 @@ class QemuMachine:
         except trio.TooSlowError as error:
             raise self._failure("the power button does not work: QEMU does not answer") from error
 
+    async def screenshot(self, path: str) -> None:
+        try:
+            with trio.fail_after(COMMAND_DEADLINE):
+                await self._qmp.execute("screendump", filename=path, format="png")
+        except QmpRefused as error:
+            hint = "machine.display: vnc" if "no graphical" in str(error).lower() else ""
+            raise DriverError(f"QEMU makes no picture of the screen: {error}", hint=hint) from error
+        except QmpError as error:
+            raise self._failure(f"QEMU makes no picture of the screen: {error}") from error
+        except trio.TooSlowError as error:
+            raise self._failure("QEMU makes no picture of the screen: it does not answer") from error
+
     async def kill(self) -> None:
         with trio.CancelScope(shield=True):
             with trio.move_on_after(QUIT_GRACE):
@@ -249,7 +261,11 @@ class QemuDriver:
             driver=self.name,
             argv=command.argv,
             # Nothing else of ours: a guest that breaks out of QEMU must not find our environment there.
-            environment={"LC_ALL": "C.UTF-8", **({MARK: request.mark} if request.mark else {})},
+            environment={
+                "LC_ALL": "C.UTF-8",
+                **(capabilities.data.get("desktop", {}) if request.display == "window" else {}),
+                **({MARK: request.mark} if request.mark else {}),
+            },
             descriptors=command.descriptors,
             helpers=command.helpers,
             notes=((fallback,) if fallback else ()) + command.notes,

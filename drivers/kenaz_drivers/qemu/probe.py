@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -31,6 +32,8 @@ _DAEMON_PLACE = f"tools/bin/{VSOCK_DAEMON}"
 _DAEMON_MEND = f"cargo install --locked --version 0.3.0 {VSOCK_DAEMON}"
 _PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
 _MACHINES = frozenset({"microvm", "q35", "virt"})
+_DESKTOP = ("DISPLAY", "WAYLAND_DISPLAY", "XAUTHORITY", "XDG_RUNTIME_DIR")
+"""Variables by which a program finds the desktop that it is to open a window on."""
 
 
 async def probe(arch: str, options: JsonObject) -> Capabilities:
@@ -69,6 +72,7 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
         data={
             "facts": json.loads(json.dumps(asdict(facts))),
             "fallback": fallback,
+            **_desktop(),
             **({VSOCK_DAEMON: daemon} if daemon else {}),
         },
     )
@@ -149,6 +153,16 @@ def find_vsock_daemon(wanted: str = "") -> tuple[str, Reason]:
             return path, Reason(True, f"{VSOCK_DAEMON} at {path}", transport=transport)
     said = f"{wanted} is no program" if wanted else f"{VSOCK_DAEMON} is not installed"
     return "", Reason(False, f"{said}: no transport {transport}", _DAEMON_MEND, transport)
+
+
+def _desktop() -> dict[str, Any]:
+    """How a window is opened here, and by which variables the desktop is found; nothing without one."""
+    found = {name: os.environ[name] for name in _DESKTOP if name in os.environ}
+    if sys.platform == "darwin":
+        return {"window": "cocoa", "desktop": found}
+    if "DISPLAY" in found or "WAYLAND_DISPLAY" in found:
+        return {"window": "gtk", "desktop": found}
+    return {}
 
 
 async def _study(binary: str, arch: str, accel: str) -> tuple[Facts, dict[str, Verdict]]:

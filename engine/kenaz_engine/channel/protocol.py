@@ -72,8 +72,8 @@ class Expected:
 @dataclass(frozen=True, slots=True)
 class Hello:
     """What the guest said of itself. `capabilities` are those granted, sorted. `clock` holds seconds on the
-    guest's CLOCK_BOOTTIME: when its `init`, its `agent` and this `hello` began; empty where it did not
-    say."""
+    guest's CLOCK_BOOTTIME: when its `init`, its `login`, its `agent` and this `hello` began; empty where it
+    did not say."""
 
     agent: str
     build: str
@@ -276,9 +276,9 @@ _RESUME = _Shape(
         isinstance(value, dict) and all(type(value.get(k)) is int for k in ("conversation", "received"))
     ),
 )
-_CLOCK_MEMBERS = ("init", "agent", "hello")
+_CLOCK_MEMBERS = ("init", "login", "agent", "hello")
 _CLOCK = _Shape(
-    "an object of seconds: init, agent, hello",
+    "an object of seconds: init, login, agent, hello",
     lambda value: isinstance(value, dict) and all(_is_number(value.get(k, 0)) for k in _CLOCK_MEMBERS),
 )
 

@@ -63,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     return FAILED if failed else SUCCESS
 
 
-async def ask_to(directory: Path, command: str) -> None:
+async def ask_to(directory: Path, command: str, /, **arguments: str) -> None:
     """Has the session hear the command. Raises CommandError."""
     if not is_alive(directory):
         raise _not_running(directory)
     try:
-        await ask(socket_directory(directory) / "control.sock", command)
+        await ask(socket_directory(directory) / "control.sock", command, **arguments)
     except ControlError as error:
         if not is_alive(directory):
             raise _not_running(directory) from error

@@ -104,7 +104,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arch(bring)
     bring.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
 
-    make = add("build", _late("image_build", "make"), "build the demo image from Debian packages")
+    check = add(
+        "check", _late("image_check", "check"), "boot an image once, and say what of the guest contract holds"
+    )
+    check.add_argument("image", metavar="IMAGE", help="name[:tag], name@sha256:DIGEST, or a path")
+    arch(check)
+    check.add_argument("--memory", metavar="SIZE", default="768MiB", help="of its machine (default: 768MiB)")
+    check.add_argument("--disk", metavar="SIZE", default="4GiB", help="of its root disk (default: 4GiB)")
+    check.add_argument(
+        "--set",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help="override a value of its session's spec",
+    )
+    check.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+    make = add("build", _late("image_build", "make"), "build an image from Debian packages")
+    make.add_argument(
+        "name", metavar="NAME", nargs="?", default="demo", help="demo or sigilos (default: demo)"
+    )
     arch(make)
     make.add_argument("--output", metavar="DIR", help="a directory to put it into, not the store")
     make.add_argument("--force", action="store_true", help="build even if the image is current")

@@ -32,6 +32,7 @@ COMMANDS = {
     "explore": "play a lifecycle through every fault at every point",
     "replay": "decide the events of journals again and compare",
     "ps": "list sessions",
+    "screenshot": "save what a guest's screen shows",
     "logs": "show what happened in a session, or what its guest printed",
     "end": "ask sessions to end",
     "kill": "end sessions now, also ones that hang",

@@ -963,10 +963,10 @@ def main(argv: list[str]) -> int:
     """The command line; read by hand, because argparse is slow to import."""
     started = boottime()
     owns_machine = "--machine" in argv
-    valued = [word for word in argv if word != "--machine"]
+    valued = [word for word in argv if word not in ("--machine", "--clock")]
     options = dict(zip(valued[::2], valued[1::2], strict=False))
     if "--env" not in options or len(valued) % 2 or not options.keys() <= {"--env", "--root"}:
-        say("usage: agent.py --env FILE [--root DIR] [--machine]")
+        say("usage: agent.py --env FILE [--root DIR] [--machine | --clock]")
         return 2
     try:
         with open(options["--env"], encoding="utf-8") as file:
@@ -975,9 +975,11 @@ def main(argv: list[str]) -> int:
         say(f"kenaz-guest: {options['--env']}: {error}")
         return 2
     clock = {}
-    if owns_machine:
-        clock = {"init": float(os.environ["KENAZ_CLOCK_INIT"]), "agent": round(started, 3)}
-    else:
+    if owns_machine or "--clock" in argv:
+        told = {"init": "KENAZ_CLOCK_INIT", "login": "KENAZ_CLOCK_LOGIN"}
+        clock = {name: float(os.environ[key]) for name, key in told.items() if key in os.environ}
+        clock["agent"] = round(started, 3)
+    if not owns_machine:
         _on_sigterm(ignore=False)
     Agent(settings, root=options.get("--root", "/"), owns_machine=owns_machine, clock=clock).run()
     return 0

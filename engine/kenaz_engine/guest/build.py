@@ -1,13 +1,15 @@
-"""Builds the demo image from Debian packages, without root: `kenaz-launcher image build`.
+"""Builds images from Debian packages, without root: `kenaz-launcher image build [NAME]`.
 
-The result are four files: `kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see
-docs/reference/image.md). They appear whole or not at all, and are built again when their inputs have changed.
+What is here builds the demo image; `sigilos` builds the other by way of this. The result are four files:
+`kernel`, `initrd`, `root.ext4` and the manifest `image.json` (see docs/reference/image.md). They appear whole
+or not at all, and are built again when their inputs have changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import struct
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,6 +46,7 @@ ROOT_SLACK = 32 << 20
 """Free bytes of the root file system before it grows to the size of the session's disk."""
 
 Report = Callable[[str], None]
+Make = Callable[[Architecture, Mapping[str, str], str, Path, Report], Path]
 
 
 class BuildError(Exception):
@@ -53,45 +57,83 @@ class BuildError(Exception):
         self.hint = hint
 
 
-def build(arch: str, output: Path | None = None, *, force: bool = False, report: Report = print) -> Path:
-    """Makes the demo image for `arch`, unless it is there and current: in the directory `output`, or else in
-    the store, under its name.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """An image that can be built. `resolve` gives version by name of the packages that it is made of, or as
+    much as says that it has to be built again; `make` builds in a directory and returns the one that is to
+    become the image. `sources` are the files of this project that go into it, `tools` those of the host, and
+    `packages` the Debian packages that have these."""
+
+    name: str
+    architectures: Mapping[str, Architecture]
+    tools: tuple[str, ...]
+    packages: tuple[str, ...]
+    sources: tuple[Path, ...]
+    resolve: Callable[[Architecture], dict[str, str]]
+    make: Make
+
+
+def build(
+    arch: str,
+    output: Path | None = None,
+    *,
+    force: bool = False,
+    report: Report = print,
+    kind: Kind | None = None,
+) -> Path:
+    """Makes the image for `arch` (the demo, unless another `kind` is given), unless it is there and current:
+    in the directory `output`, or else in the store, under its name.
 
     Returns the path of the manifest. Two builds of one image wait for each other. Raises BuildError when the
     host lacks tools or packages, or when a tool fails, ImageError for the store; what was there is then as it
     was.
     """
-    target = ARCHITECTURES[arch]
-    place = Directory(output) if output else InStore(arch)
-    _require_tools()
+    kind = kind or demo()
+    target = kind.architectures[arch]
+    place = Directory(output) if output else InStore(kind.name, arch)
+    _require_tools(kind)
     place.make()
     with _locked(place.lock, report) as lock:
         # Asking apt takes a second: while its lists are those of the last build, the answer is, too.
-        stamp = _digest([_sources(), _package_lists()])
+        stamp = _digest([_sources(kind), _package_lists(target)])
         current = lock.read() == stamp and place.is_current()
         if not current or force:
-            packages = _resolve(target)
-            inputs = _digest([_sources(), sorted(packages.items())])
+            packages = kind.resolve(target)
+            inputs = _digest([_sources(kind), sorted(packages.items())])
             current = place.is_current(inputs)
         if current and not force:
             _note(lock, stamp)
-            report(f"demo image for {arch} is current: {place}")
+            report(f"{kind.name} image for {arch} is current: {place}")
             return place.manifest
-        report(f"building the demo image for {arch}")
+        report(f"building the {kind.name} image for {arch}")
         with tempfile.TemporaryDirectory(prefix=f"build-{arch}-", dir=place.scratch) as scratch:
-            place.put(_make(target, packages, inputs, Path(scratch), report))
+            place.put(kind.make(target, packages, inputs, Path(scratch), report))
         _note(lock, stamp)
-    report(f"demo image for {arch} is ready: {place}")
+    report(f"{kind.name} image for {arch} is ready: {place}")
     return place.manifest
 
 
-def _require_tools() -> None:
-    tools = ("apt-get", "apt-cache", "dpkg", "mke2fs", "debugfs", "depmod", "lz4", "python3.11")
-    missing = [tool for tool in tools if _which(tool) is None]
+def demo() -> Kind:
+    """The demo image."""
+    here = Path(__file__).parent
+    own = [here / name for name in ("build.py", "cpio.py", "ext4.py", "recipe.py")]
+    return Kind(
+        NAME,
+        ARCHITECTURES,
+        ("apt-get", "apt-cache", "dpkg", "mke2fs", "debugfs", "depmod", "lz4", "python3.11"),
+        HOST_PACKAGES,
+        (AGENT, *sorted(FILES.iterdir()), *own),
+        resolve,
+        _make,
+    )
+
+
+def _require_tools(kind: Kind) -> None:
+    missing = [tool for tool in kind.tools if _which(tool) is None]
     if missing:
         raise BuildError(
-            f"the demo image needs tools that this host lacks: {', '.join(missing)}",
-            f"apt-get install {' '.join(HOST_PACKAGES)}",
+            f"the {kind.name} image needs tools that this host lacks: {', '.join(missing)}",
+            f"apt-get install {' '.join(kind.packages)}",
         )
 
 
@@ -100,13 +142,18 @@ def _which(tool: str) -> str | None:
     return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _run(
-    tool: str, *arguments: str | Path, cwd: Path | None = None, stdin: bytes = b"", complaints: bool = False
+def run(
+    tool: str,
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    stdin: bytes = b"",
+    complaints: bool = False,
+    added: Mapping[str, str] | None = None,
 ) -> str:
     """What the tool prints, or what it complains of where that is asked for. Raises BuildError with its last
     words when it fails."""
     # The C locale, because some of the output is parsed.
-    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", **(added or {})}
     command = [_which(tool) or tool, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=environment, check=False)
     if done.returncode:
@@ -157,47 +204,42 @@ def _note(lock: TextIO, stamp: str) -> None:
 # Inputs ---------------------------------------------------------------------------------------------------
 
 
-def _resolve(target: Architecture) -> dict[str, str]:
+def resolve(target: Architecture, guest: Sequence[str] = GUEST_PACKAGES) -> dict[str, str]:
     """Version by package name, as the host's package lists have them; the kernel is the versioned one."""
-    native = _run("dpkg", "--print-architecture").strip()
-    if target.debian not in (native, *_run("dpkg", "--print-foreign-architectures").split()):
+    native = run("dpkg", "--print-architecture").strip()
+    if target.debian not in (native, *run("dpkg", "--print-foreign-architectures").split()):
         raise BuildError(
             f"this host's package lists have no packages for {target.debian}",
             f"dpkg --add-architecture {target.debian} && apt-get update",
         )
-    depends = _run("apt-cache", "depends", "--important", f"{target.kernel}:{target.debian}")
+    depends = run("apt-cache", "depends", "--important", f"{target.kernel}:{target.debian}")
     kernel = next(
         (name.partition(":")[0] for name in depends.split() if name.startswith("linux-image-6")),
         target.kernel,
     )
-    names = [f"{name}:{target.debian}" for name in (kernel, *GUEST_PACKAGES)]
+    names = [f"{name}:{target.debian}" for name in (kernel, *guest)]
     versions: dict[str, str] = {}
     name = ""
-    for line in _run("apt-cache", "policy", *names).splitlines():
+    for line in run("apt-cache", "policy", *names).splitlines():
         if not line.startswith(" "):
             name = line.partition(":")[0]
         elif line.startswith("  Candidate: ") and "(none)" not in line:
             versions[name] = line.split()[1]
-    missing = [name for name in (kernel, *GUEST_PACKAGES) if name not in versions]
+    missing = [name for name in (kernel, *guest) if name not in versions]
     if missing:
         raise BuildError(f"the package lists do not have {', '.join(missing)}", "apt-get update")
     return versions
 
 
-def _sources() -> list[str]:
+def _sources(kind: Kind) -> list[str]:
     """Digests of what of this project goes into the image or says how it is made."""
-    here = Path(__file__).parent
-    paths = [
-        AGENT,
-        *sorted(FILES.iterdir()),
-        *(here / name for name in ("build.py", "cpio.py", "ext4.py", "recipe.py")),
-    ]
-    return [__version__, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)]
+    return [__version__, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in kind.sources)]
 
 
-def _package_lists() -> list[tuple[str, int, int]]:
-    """A cheap sign of change of what apt knows."""
-    found = [(path, path.stat()) for path in sorted(Path("/var/lib/apt/lists").glob("*_Packages*"))]
+def _package_lists(target: Architecture) -> list[tuple[str, int, int]]:
+    """A cheap sign of change of what apt knows of that architecture."""
+    pattern = f"*_binary-{target.debian}_Packages*"
+    found = [(path, path.stat()) for path in sorted(Path("/var/lib/apt/lists").glob(pattern))]
     return [(path.name, status.st_size, status.st_mtime_ns) for path, status in found]
 
 
@@ -245,16 +287,17 @@ class Directory:
 class InStore:
     """The store, where sessions find it by its name; older builds stay until they are pruned."""
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, name: str, arch: str) -> None:
         from kenaz_engine.images.store import Store, default_cache
 
+        self._name = name
         self._arch = arch
         self._store = Store.at(default_cache())
         self.scratch = self._store.tmp
-        self.lock = self._store.lock_path(f"build-demo-{arch}")
+        self.lock = self._store.lock_path(f"build-{name}-{arch}")
 
     def __str__(self) -> str:
-        return f"image {NAME} in {self._store.root}"
+        return f"image {self._name} in {self._store.root}"
 
     def make(self) -> None:
         """Makes the store."""
@@ -263,7 +306,7 @@ class InStore:
     @property
     def manifest(self) -> Path:
         """The manifest of the image that the name stands for."""
-        version = self._store.read_ref(NAME, self._arch).find()
+        version = self._store.read_ref(self._name, self._arch).find()
         assert version is not None
         return self._store.blob(version.digest)
 
@@ -272,7 +315,7 @@ class InStore:
         from kenaz_engine.images.errors import ImageError
 
         try:
-            version = self._store.read_ref(NAME, self._arch).find()
+            version = self._store.read_ref(self._name, self._arch).find()
             if version is None or version.how != "built":
                 return False
             self._store.load(version)
@@ -293,7 +336,7 @@ class InStore:
 
         async def bring() -> None:
             async with Fetcher(self._store, Patience(), lambda _: None) as fetcher:
-                _, held = await fetcher.image(NAME, self._arch, source, how="built")
+                _, held = await fetcher.image(self._name, self._arch, source, how="built")
                 held.close()
 
         trio.run(bring)
@@ -317,40 +360,40 @@ def _make(
         report(f"  {time.monotonic() - started:5.1f} s  {text}")
 
     step(f"fetching {len(packages)} packages")
-    _download(target, packages, debs)
+    download(target, packages, debs)
     step("unpacking")
     for deb in sorted(debs.glob("*.deb")):
         # The whole standard library is some 30 MB that the guest does not need: it is picked from.
-        _run("dpkg", "-x", deb, full if deb.name.startswith("libpython3.11-stdlib_") else tree)
-    release = _release(tree)
-    _run("depmod", "-b", tree, release)
+        run("dpkg", "-x", deb, full if deb.name.startswith("libpython3.11-stdlib_") else tree)
+    release = kernel_release(tree)
+    run("depmod", "-b", tree, release)
     modules = Modules(tree / "lib/modules" / release)
     step(f"kernel {release}")
-    (result / "kernel").write_bytes(_kernel(target, tree / f"boot/vmlinuz-{release}", step))
+    (result / "kernel").write_bytes(unpack_kernel(target, tree / f"boot/vmlinuz-{release}", step))
     step("initrd")
-    (result / "initrd").write_bytes(_initrd(tree, modules))
+    (result / "initrd").write_bytes(make_initrd(tree, modules))
     step("root file system")
     _fill_root(tree, root, modules)
     python = Path("usr/lib/python3.11")
     _copy_stdlib(tree / python, full / python, root / python)
-    _make_ext4(root, result / "root.ext4", epoch)
-    manifest = _manifest(target, packages, inputs, release, result)
+    make_ext4(root, result / "root.ext4", epoch)
+    manifest = make_manifest(NAME, target, packages, inputs, release, result)
     (result / "image.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return result
 
 
-def _download(target: Architecture, packages: Mapping[str, str], into: Path) -> None:
+def download(target: Architecture, packages: Mapping[str, str], into: Path) -> None:
     """Downloads each package; apt checks it against the signed package lists."""
     names = [f"{name}:{target.debian}={version}" for name, version in packages.items()]
     # apt would drop to a user of its own that cannot write here.
     sandbox = ["-o", "APT::Sandbox::User=root"] if _is_root() else []
     try:
-        _run("apt-get", "download", *sandbox, *names, cwd=into)
+        run("apt-get", "download", *sandbox, *names, cwd=into)
     except BuildError as error:
         raise BuildError(f"packages could not be fetched: {error}", "apt-get update") from error
 
 
-def _release(tree: Path) -> str:
+def kernel_release(tree: Path) -> str:
     found = sorted(path.name for path in (tree / "lib/modules").iterdir())
     if len(found) != 1:
         raise BuildError(f"the kernel package holds modules for {len(found)} kernels, not one")
@@ -387,7 +430,7 @@ def _stem(path: str) -> str:
     return path.rpartition("/")[2].removesuffix(".ko")
 
 
-def _kernel(target: Architecture, packed: Path, step: Report) -> bytes:
+def unpack_kernel(target: Architecture, packed: Path, step: Report) -> bytes:
     """The kernel to boot: unpacked where the boot protocol allows, which saves the guest the unpacking."""
     image = packed.read_bytes()
     if target.name != "x86_64":
@@ -396,26 +439,28 @@ def _kernel(target: Architecture, packed: Path, step: Report) -> bytes:
     offset, length = struct.unpack_from("<II", image, 0x248)
     start = (image[0x1F1] + 1) * 512 + offset
     payload = image[start : start + length]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMADecompressor().decompress(payload)
     if not payload.startswith(b"\x02\x21\x4c\x18"):
-        step("the kernel is not packed with lz4; using it packed, which boots slower")
+        step("the kernel is packed neither with lz4 nor with xz; using it packed, which boots slower")
         return image
     # Four bytes after the archive hold the unpacked size; lz4 takes them for the size of one more block.
     with tempfile.TemporaryDirectory() as scratch:
         source, unpacked = Path(scratch, "payload.lz4"), Path(scratch, "vmlinux")
         source.write_bytes(payload[:-4])
-        _run("lz4", "-dqf", source, unpacked)
+        run("lz4", "-dqf", source, unpacked)
         return unpacked.read_bytes()
 
 
-def _initrd(tree: Path, modules: Modules) -> bytes:
+def make_initrd(tree: Path, modules: Modules, groups: Mapping[str, Sequence[str]] = MODULES) -> bytes:
     """A cpio archive, not packed: it is small, and the guest has better things to do than to unpack."""
     entries = [cpio.directory(name) for name in ("bin", "dev", "meta", "modules", "proc", "root", "sys")]
     entries.append(cpio.character_device("dev/console", 5, 1))
     entries.append(cpio.file("bin/busybox", (tree / "bin/busybox").read_bytes(), 0o755))
     entries.append(cpio.file("init", (FILES / "initrd-init.sh").read_bytes(), 0o755))
-    bus = modules.in_load_order(MODULES["bus"])
+    bus = modules.in_load_order(groups["bus"])
     contents: dict[str, bytes] = {}
-    for group, names in MODULES.items():
+    for group, names in groups.items():
         needed = modules.in_load_order(names)
         order = [name for name in needed if group == "bus" or name not in bus]
         entries.append(cpio.file(f"modules/{group}.order", "".join(f"{name}\n" for name in order).encode()))
@@ -442,8 +487,8 @@ def _fill_root(tree: Path, root: Path, modules: Modules) -> None:
         "var",
     ):
         (root / name).mkdir(parents=True)
-    _copy(tree / "bin/busybox", root / "bin/busybox")
-    _copy(tree / "usr/bin/python3.11", root / "usr/bin/python3.11")
+    copy(tree / "bin/busybox", root / "bin/busybox")
+    copy(tree / "usr/bin/python3.11", root / "usr/bin/python3.11")
     (root / "bin/sh").symlink_to("busybox")
     _copy_libraries(tree, root)
     kenaz = root / "lib/kenaz"
@@ -456,12 +501,12 @@ def _fill_root(tree: Path, root: Path, modules: Modules) -> None:
     (root / "etc/os-release").write_text(OS_RELEASE.format(version=__version__))
     (root / "etc/hostname").write_text("sigilos-demo\n")
     (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-    _copy(FILES / "init.sh", root / "sbin/init", 0o755)
+    copy(FILES / "init.sh", root / "sbin/init", 0o755)
     (root / "usr/lib/kenaz").mkdir(parents=True)
-    _copy(AGENT, root / "usr/lib/kenaz/agent.py")
+    copy(AGENT, root / "usr/lib/kenaz/agent.py")
 
 
-def _copy(source: Path, destination: Path, mode: int | None = None) -> None:
+def copy(source: Path, destination: Path, mode: int | None = None) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, destination)
     if mode is not None:
@@ -476,7 +521,7 @@ def _copy_libraries(tree: Path, root: Path) -> None:
             for source in sorted((tree / base).glob(f"*-linux-gnu/{pattern}")):
                 directory = root / "lib" / source.parent.name
                 directory.mkdir(exist_ok=True)
-                _copy(source.resolve(), directory / source.name)
+                copy(source.resolve(), directory / source.name)
     for loader in sorted(tree.glob("lib*/ld-linux-*.so.*")):
         link = root / loader.relative_to(tree)
         link.parent.mkdir(exist_ok=True)
@@ -490,7 +535,7 @@ def _copy_stdlib(minimal: Path, full: Path, destination: Path) -> None:
     chosen = [(minimal, path) for path in minimal.rglob("*.py") if not path.is_symlink()]
     chosen += [(full, path) for pattern in STDLIB for path in full.glob(pattern)]
     for source, path in chosen:
-        _copy(path, destination / path.relative_to(source))
+        copy(path, destination / path.relative_to(source))
     arguments = (
         "-q",
         "--invalidation-mode",
@@ -500,27 +545,27 @@ def _copy_stdlib(minimal: Path, full: Path, destination: Path) -> None:
         "-p",
         "/usr/lib/python3.11",
     )
-    _run("python3.11", "-I", "-m", "compileall", *arguments, destination)
+    run("python3.11", "-I", "-m", "compileall", *arguments, destination)
 
 
-def _make_ext4(root: Path, image: Path, epoch: int) -> None:
+def make_ext4(root: Path, image: Path, epoch: int, owners: ext4.Owners | None = None) -> None:
     """Packs `root` into an ext4 image. debugfs says what it could not do, and ends with 0 all the same."""
     options, blocks = ext4.options(root, ROOT_SLACK)
-    _run("mke2fs", *options, image, str(blocks))
-    script = "".join(f"{command}\n" for command in ext4.commands(root, epoch))
-    said = _run("debugfs", "-w", "-f", "-", image, stdin=script.encode(), complaints=True)
+    run("mke2fs", *options, image, str(blocks))
+    script = "".join(f"{command}\n" for command in ext4.commands(root, epoch, owners))
+    said = run("debugfs", "-w", "-f", "-", image, stdin=script.encode(), complaints=True)
     wrong = [line for line in said.splitlines() if not line.startswith("debugfs ")]  # its version
     if wrong:
         raise BuildError(f"debugfs could not fill the root file system: {wrong[0]}")
 
 
-def _manifest(
-    target: Architecture, packages: Mapping[str, str], inputs: str, release: str, directory: Path
+def make_manifest(
+    name: str, target: Architecture, packages: Mapping[str, str], inputs: str, release: str, directory: Path
 ) -> dict[str, Any]:
     """What `kenaz_engine.images` reads of an image, and what the builder needs to know it again."""
     return {
         "schema": MANIFEST_SCHEMA,
-        "name": NAME,
+        "name": name,
         "tag": __version__,
         "arch": target.name,
         "kernel": release,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import stat
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 BLOCK = 4096
@@ -16,6 +17,10 @@ BLOCK = 4096
 # The inodes of mke2fs itself: bad blocks, the room for growing, lost+found.
 _OWN = ("<1>", "<7>", "<11>", "/")
 _TIMES = ("atime", "ctime", "mtime", "crtime")
+
+
+Owners = Mapping[str, tuple[int, int, int]]
+"""User, group and permissions by path below the root, for what is not simply root's."""
 
 
 def options(root: Path, slack: int) -> tuple[list[str], int]:
@@ -29,9 +34,9 @@ def options(root: Path, slack: int) -> tuple[list[str], int]:
     return [*words, "-L", "KENAZROOT", "-U", _uuid("root")], blocks + slack // BLOCK
 
 
-def commands(root: Path, epoch: int) -> list[str]:
+def commands(root: Path, epoch: int, owners: Owners | None = None) -> list[str]:
     """What debugfs is told, so that the empty file system holds `root`, all of it owned by root and of the
-    time `epoch`. Files are 0755 where their owner may execute them, else 0644."""
+    time `epoch`. Files are 0755 where their owner may execute them, else 0644; `owners` knows others."""
     paths = sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix())
     told = [f"set_current_time @{epoch}"]
     told += [f"set_super_value {field} @{epoch}" for field in ("mkfs_time", "lastcheck")]
@@ -43,10 +48,17 @@ def commands(root: Path, epoch: int) -> list[str]:
             told.append(f"mkdir {name}")
         else:
             told.append(f'write "{path}" {name}')
-    for name in (*_OWN, *(_name(path, root) for path in paths)):
-        told += [f"set_inode_field {name} {field} 0" for field in ("uid", "gid")]
+    known = owners or {}
+    facts = {_name(path, root): known.get(path.relative_to(root).as_posix()) for path in paths}
+    for name in (*_OWN, *facts):
+        user, group, _ = facts.get(name) or (0, 0, 0)
+        told += [f"set_inode_field {name} uid {user}", f"set_inode_field {name} gid {group}"]
         told += [f"set_inode_field {name} {field} @{epoch}" for field in _TIMES]
-    told += [f"set_inode_field {_name(path, root)} mode 0{_mode(path):o}" for path in paths]
+    for path in paths:
+        name = _name(path, root)
+        fact = facts[name]
+        mode = _mode(path) if fact is None else stat.S_IFMT(path.lstat().st_mode) | fact[2]
+        told.append(f"set_inode_field {name} mode 0{mode:o}")
     return told
 
 

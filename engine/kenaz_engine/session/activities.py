@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from kenaz_drivers.contract import DriverError, LaunchPlan, Machine
+from kenaz_drivers.contract import DriverError, LaunchPlan, Machine, Screen
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
@@ -137,6 +137,16 @@ class Activities:
     def console_tail(self) -> tuple[str, ...]:
         """The last lines that the guest printed."""
         return tuple(self._console.tail(CONSOLE_LINES)) if self._console else ()
+
+    async def photograph(self, path: str) -> None:
+        """Writes what the guest's screen shows to `path`, as PNG. Raises DriverError."""
+        if self._machine is None:
+            raise DriverError("no machine runs yet")
+        if not isinstance(self._machine, Screen):
+            raise DriverError(f"the driver {self._prepared.driver.name} makes no pictures of screens")
+        if self._prepared.resolved.machine.display == "none":
+            raise DriverError("this machine has no screen", hint="machine.display: vnc or window")
+        await self._machine.screenshot(path)
 
     @property
     def exit_code(self) -> int | None:
@@ -313,6 +323,8 @@ class Activities:
 
         mark, died = self._layout.mark, self._helper_died
         helpers = [await start_helper(work, helper, mark, died) for helper in plan.helpers]
+        if request.display == "vnc":
+            helpers.append(await self._make_screen(work))
 
         async def make() -> tuple[Made, Machine]:
             machine = await work.start(partial(self._own_machine, plan, work.ledger.last, work))
@@ -327,6 +339,17 @@ class Activities:
             await machine.ready()
         finally:
             self._machine_ready_or_not.set()
+
+    async def _make_screen(self, work: Work) -> str:
+        """A directory for the socket that the driver makes, so that it goes with it."""
+        path = self._layout.screen
+
+        async def make() -> tuple[Made, None]:
+            path.mkdir(mode=0o700)
+            return made_directory(path), None
+
+        await work.ledger.acquire("screen", "directory", {"path": str(path)}, make)
+        return "screen"
 
     async def _own_machine(
         self, plan: LaunchPlan, ledger_id: int, work: Work, *, task_status: trio.TaskStatus[Machine]

@@ -60,6 +60,11 @@ class Layout:
         """The socket on which other terminals ask."""
         return self.sockets / "control.sock"
 
+    @property
+    def screen(self) -> Path:
+        """The directory of the socket on which the guest's screen is shown."""
+        return self.sockets / "screen"
+
     def disk(self, role: str, disk_format: str) -> Path:
         """The ephemeral disk, or the config disk, in one of the driver's formats."""
         return self.directory / (role if disk_format == "directory" else f"{role}.{disk_format}")

@@ -126,7 +126,7 @@ class Session:
             with trio.CancelScope(shield=True):
                 listener = await _open_control(ledger, layout)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(serve_control, listener, self._asked)
+                nursery.start_soon(serve_control, listener, self._asked, activities.photograph)
                 outcome = await self._runner.run()
                 nursery.cancel_scope.cancel()
             return Result(

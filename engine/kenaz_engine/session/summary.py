@@ -30,11 +30,15 @@ def phases(records: Sequence[Mapping[str, Any]]) -> list[Phase]:
     boot = hello["t"] - made["t"]
     clock = hello.get("clock") or {}
     if "hello" in clock and "init" in clock:
-        found += [
-            Phase("hypervisor", max(0.0, boot - clock["hello"])),
-            Phase("kernel", clock["init"]),
-            Phase("user land", clock["hello"] - clock["init"]),
-        ]
+        found += [Phase("hypervisor", max(0.0, boot - clock["hello"])), Phase("kernel", clock["init"])]
+        if "login" in clock and "agent" in clock:
+            found += [
+                Phase("user land", clock["login"] - clock["init"]),
+                Phase("desktop", clock["agent"] - clock["login"]),
+                Phase("workbench", clock["hello"] - clock["agent"]),
+            ]
+        else:
+            found.append(Phase("user land", clock["hello"] - clock["init"]))
     else:
         found.append(Phase("guest", boot))
     return [*found, Phase("handshake", opened["t"] - hello["t"])]

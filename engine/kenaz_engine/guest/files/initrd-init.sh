@@ -34,6 +34,7 @@ for device in /sys/bus/virtio/devices/*; do
         0x0001) [ -e /sys/bus/virtio/drivers/virtio_net ] || load net ;;
         0x0002) [ -e /sys/bus/virtio/drivers/virtio_blk ] || load block ;;
         0x0003) [ -e /sys/bus/virtio/drivers/virtio_console ] || load console ;;
+        0x0010) [ ! -e /modules/gpu.order ] || load gpu ;;
         0x0013) [ -e /sys/bus/virtio/drivers/vmw_vsock_virtio_transport ] || load vsock ;;
     esac
 done
@@ -53,6 +54,12 @@ for path in /sys/block/vd*; do
 done
 [ -n "$root" ] || emergency 'no root disk among the virtio block devices'
 
+if [ -e /modules/root.order ]; then
+    load root
+    busybox mount -t proc proc /proc
+    read -r KENAZ_CLOCK_INIT _ </proc/uptime
+    export KENAZ_CLOCK_INIT
+fi
 # The disk is thrown away at the end of the session: no time stamps of reading, no tables wiped.
 busybox mount -t ext4 -o noatime,noinit_itable "/dev/$root" /root || emergency "$root does not mount as ext4"
 if [ -n "$meta" ]; then
@@ -60,6 +67,7 @@ if [ -n "$meta" ]; then
     busybox mount -t iso9660 -o ro,nosuid,nodev,noexec "/dev/$meta" /meta || emergency "$meta does not mount"
     busybox mount -o move /meta /root/mnt
 fi
+[ ! -e /proc/self ] || busybox mount -o move /proc /root/proc
 busybox mount -o move /sys /root/sys
 busybox mount -o move /dev /root/dev
 exec busybox switch_root /root /sbin/init

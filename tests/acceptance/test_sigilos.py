@@ -1,0 +1,160 @@
+"""A guest as SigilOS is made, from its packages to nothing left behind: systemd, greetd, sway, the workbench.
+
+Each boot under emulation costs some ten to twenty seconds of two processors, so each shows as much as it can.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
+SIGILOS = str(ROOT / "specs/sessions/sigilos.yaml")
+BOUND = 600
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(map(shutil.which, ("qemu-system-x86_64", "mmdebstrap"))), reason="needs QEMU and mmdebstrap"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """Builds the image, unless it is there and current, and takes no second to see that it is."""
+    for bound in (BOUND, 30):
+        built = subprocess.run(
+            ["make", "-s", "image-sigilos"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=bound,
+            check=False,
+        )
+        assert built.returncode == 0, built.stdout + built.stderr
+    assert "is current" in built.stdout
+    return "sigilos"
+
+
+def started(world: Any, session: str, *words: str, **options: str) -> subprocess.Popen[str]:
+    spec = options.pop("spec", SIGILOS)
+    return world.start("--session-id", session, *words, spec=spec, driver="qemu", **options)
+
+
+def pixels(picture: Path) -> set[bytes]:
+    """The colours of a PNG of eight bits a channel, whose lines may be filtered."""
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height, depth, kind = struct.unpack(">IIBB", data[16:26])
+    assert (depth, kind) == (8, 2)
+    packed, at = b"", 8
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        if data[at + 4 : at + 8] == b"IDAT":
+            packed += data[at + 8 : at + 8 + length]
+        at += 12 + length
+    raw, stride = zlib.decompress(packed), 3 * width
+    above, colours = bytes(stride), set()
+    for row in range(height):
+        start = row * (stride + 1)
+        line = _unfiltered(raw[start], raw[start + 1 : start + 1 + stride], above)
+        colours |= {line[x : x + 3] for x in range(0, stride, 3)}
+        above = line
+    return colours
+
+
+def _unfiltered(how: int, line: bytes, above: bytes) -> bytes:
+    """A line of a PNG (ISO 15948, 9.2), three bytes a pixel."""
+    out = bytearray(line)
+    for x in range(len(out)):
+        left, up, corner = (out[x - 3], above[x], above[x - 3]) if x >= 3 else (0, above[x], 0)
+        guess = left + up - corner
+        near = min((left, up, corner), key=lambda value: abs(guess - value))
+        out[x] = (out[x] + (0, left, up, (left + up) // 2, near)[how]) & 0xFF
+    return bytes(out)
+
+
+def test_the_desktop_is_seen_and_the_session_ends_along_the_declared_path(
+    image: str, world: Any, harness: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Over virtio-serial, with a screen: picture, path, clock, drain, bye, power button, nothing left."""
+    heard: list[dict[str, Any]] = []
+
+    def answer(message: dict[str, Any]) -> list[dict[str, Any]]:
+        heard.append(message)
+        if message["kind"] == "prompt":
+            return [{"kind": "prompt.result", "id": message["id"], "text": "ok"}]
+        if message["kind"] == "tool.invoke":
+            return [{"kind": "tool.result", "id": message["id"], "result": "ok"}]
+        return []
+
+    peer = harness(answer)
+    running = started(world, "desk", "--harness", peer.address)
+    world.until(lambda: sum(m["kind"] == "prompt" for m in heard) == 2, BOUND)
+    [machine] = [
+        r["handle"]["pid"] for r in world.records("desk") if r["kind"] == "acquired" and r["resource"] == "vm"
+    ]
+    command = Path(f"/proc/{machine}/cmdline").read_bytes().split(b"\0")
+    seen = tmp_path / "desk.png"
+    world.until(lambda: has_a_desktop(world, seen), BOUND)
+    if where := os.environ.get("KENAZ_KEEP_PICTURE"):
+        shutil.copy(seen, where)
+    vnc = world.directory("desk") / "screen/vnc"
+    assert vnc.is_socket()
+    assert vnc.parent.stat().st_mode & 0o777 == 0o700
+    assert world.call("end", "desk", f"--wait={BOUND}").returncode == 0
+    out, _ = running.communicate(timeout=BOUND)
+    assert running.returncode == 0, out
+    assert world.path("desk")[-4:] == ["running", "draining", "stopping", "releasing"]
+    assert re.search(r"kernel [\d.]+ s, user land [\d.]+ s, desktop [\d.]+ s, workbench [\d.]+ s", out)
+    records = world.records("desk")
+    assert [r["data"] for r in records if r["kind"] == "event" and r["type"] == "guest.bye"] == [
+        {"reason": "drained"}
+    ]
+    [exited] = [r["data"] for r in records if r["kind"] == "event" and r["type"] == "vm.exited"]
+    assert exited == {"clean": True, "message": "guest-shutdown: the guest powered off"}
+    assert out.endswith("  nothing left behind\n")
+    # The guest boundary: no network, no directory of the host, nothing secret on the kernel's command line,
+    # and the config disk can only be read.
+    words = b" ".join(command)
+    assert not re.search(rb"netdev|virtfs|vhost-user-fs|-nic|:5900", words)
+    assert b"TOKEN" not in command[command.index(b"-append") + 1]
+    assert re.search(rb"id=KENAZMETA,format=raw,file=\S+,readonly=on", words)
+
+
+def has_a_desktop(world: Any, picture: Path) -> bool:
+    """Whether the screen shows sway's background, and a bar with writing in it."""
+    done = world.call("screenshot", "desk", str(picture))
+    assert done.returncode == 0, done.stderr
+    colours = pixels(picture)
+    return {b"\x1d\x2f\x3f", b"\x0b\x16\x20"} <= colours and len(colours) > 8
+
+
+def test_every_point_of_the_contract_holds_over_vsock_and_without_a_screen(image: str, world: Any) -> None:
+    """`image check`, over vhost-user-vsock where this host has the daemon: sway is headless then."""
+    done = subprocess.run(
+        [LAUNCHER, "image", "check", image, "--json", "--set", "spec.channel.transport=vhost-user-vsock"],
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+        env=world.environment,
+        check=False,
+    )
+    told = json.loads(done.stdout)
+    assert [(point["number"], point["holds"]) for point in told["points"]] == [
+        (n, True) for n in range(1, 9)
+    ], told
+    assert (done.returncode, told["ok"]) == (0, True)
