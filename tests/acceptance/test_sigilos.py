@@ -5,6 +5,7 @@ Each boot under emulation costs some ten to twenty seconds of two processors, so
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kenaz_engine.images.catalog import default_cache, find_image
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
@@ -158,3 +161,117 @@ def test_every_point_of_the_contract_holds_over_vsock_and_without_a_screen(image
         (n, True) for n in range(1, 9)
     ], told
     assert (done.returncode, told["ok"]) == (0, True)
+
+
+# --- what goes wrong inside ---------------------------------------------------------------------------------
+
+FAULTS = """#!/bin/sh
+# What the session's variable FAULT asks for, done by root before anybody logs in.
+faults=$(sed -n 's/^KENAZ_ENVGRANT_FAULT="\\(.*\\)"$/\\1/p' /mnt/kenaz.env)
+for fault in $faults; do
+    case $fault in
+        panic) echo c >/proc/sysrq-trigger ;;
+        reboot) reboot -f ;;
+        emergency) systemctl --no-block isolate emergency.target ;;
+        sway) mount --bind /bin/false /usr/bin/sway ;;
+        greetd) mount --bind /bin/false /usr/sbin/greetd ;;
+        full)
+            dd if=/dev/zero of=/fill bs=1M 2>/dev/null
+            df / | grep -q 100% || echo "kenaz: emergency: not full" >/dev/console
+            ;;
+        crash) systemctl --no-block start crash.service ;;
+        stubborn) systemctl --no-block start stubborn.service ;;
+    esac
+done
+"""
+FAULT_SERVICE = """[Unit]
+DefaultDependencies=no
+Before=kenaz-meta.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh /usr/lib/kenaz/faults
+"""
+CRASH_SERVICE = """[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'while :; do for p in /proc/[0-9]*; do case $(tr "\\\\0" " " <$p/cmdline) in \
+*agent.py*) sleep 8; kill -9 $${p##*/}; exit 0 ;; esac; done 2>/dev/null; sleep 1; done'
+"""
+STUBBORN_SERVICE = """[Service]
+ExecStart=/bin/sh -c 'trap "" TERM; while :; do sleep 1000 & wait; done'
+KillMode=process
+TimeoutStopSec=infinity
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The image with a service in it that does what FAULT says: the same bytes otherwise."""
+    directory = tmp_path_factory.mktemp("faulty")
+    found = find_image(image, "x86_64", default_cache())
+    assert found.manifest is not None
+    document = json.loads(found.manifest.read_bytes())
+    for name, part in found.parts.items():
+        subprocess.run(
+            ["cp", "--sparse=always", part.path, directory / document["parts"][name]["file"]], check=True
+        )
+    disk = directory / document["parts"]["root"]["file"]
+    disk.chmod(0o600)
+    commands = ["cd /etc/systemd/system"]
+    files = {"faults": FAULTS, "fault.service": FAULT_SERVICE, "crash.service": CRASH_SERVICE}
+    for name, text in {**files, "stubborn.service": STUBBORN_SERVICE}.items():
+        (directory / name).write_text(text)
+        commands.append(f"write {directory / name} {'/usr/lib/kenaz/' if name == 'faults' else ''}{name}")
+    commands.append("mkdir kenaz-meta.service.wants")
+    commands.append("symlink kenaz-meta.service.wants/fault.service ../fault.service")
+    tool = shutil.which("debugfs", path=f"{os.environ['PATH']}:/usr/sbin")
+    assert tool is not None
+    said = subprocess.run(
+        [tool, "-w", "-f", "-", disk], input="\n".join(commands), capture_output=True, text=True, check=True
+    )
+    assert said.stderr.count("\n") <= 1, said.stderr
+    with disk.open("rb") as file:
+        document["parts"]["root"]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = directory / "image.json"
+    manifest.write_text(json.dumps(document))
+    return str(manifest)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("sway", "failed: guest panicked while booting: .*kenaz: emergency: sway ended with status 1"),
+        ("greetd", "failed: guest panicked while booting: .*kenaz: emergency: greetd.service failed"),
+        ("panic", "failed: guest panicked while booting: .*Kernel panic - not syncing"),
+        ("emergency", "failed: guest panicked while booting: .*You are in emergency mode"),
+        ("reboot", "failed: VM exited before it dialled: guest-reset: the guest asked for a reboot"),
+    ],
+)
+def test_what_fails_inside_is_told_in_one_line(faulty: str, world: Any, fault: str, says: str) -> None:
+    running = started(world, "s1", image=faulty, **{"workbench.env.FAULT": fault, "machine.display": "none"})
+    out, err = running.communicate(timeout=BOUND)
+    assert (running.returncode, err) == (1, "")
+    assert re.search(says, out), out
+    assert out.endswith("  nothing left behind\n")
+
+
+def test_a_full_disk_and_a_crash_are_lived_with_and_who_refuses_to_stop_is_cut_off(
+    faulty: str, world: Any, harness: Callable[..., Any]
+) -> None:
+    peer = harness(lambda message: [])
+    faults = {
+        "workbench.env.FAULT": "full crash stubborn",
+        "machine.display": "none",
+        "timeouts.stopping": "15s",
+    }
+    options = {"lifecycle": "standard-reconnect", "workbench.args": '["idle"]', **faults}
+    running = started(world, "s1", "--harness", peer.address, image=faulty, **options)
+    world.until(lambda: world.status("s1") is not None and world.path("s1").count("running") == 2, BOUND)
+    assert world.call("end", "s1").returncode == 0
+    out, _ = running.communicate(timeout=BOUND)
+    assert running.returncode == 0, out
+    path = world.path("s1")
+    assert path[-6:] == ["reconnecting", "running", "draining", "stopping", "killing", "releasing"]
+    assert "! guest did not power off" in out
+    entered = {r["state"]: r["t"] for r in world.records("s1") if r["kind"] == "entered"}
+    assert 15 <= entered["killing"] - entered["stopping"] < 17
