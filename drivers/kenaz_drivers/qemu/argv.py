@@ -133,7 +133,7 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
     descriptors: dict[int, str] = {}
     helpers: tuple[Helper, ...] = ()
 
-    argv = [facts.binary, "-nodefaults", "-no-user-config", *_display(request), "-no-reboot"]
+    argv = [facts.binary, "-nodefaults", "-no-user-config", *_display(request, facts.platform), "-no-reboot"]
     argv += ["-name", f"guest=kenaz-{escape(request.session)}"]
     shared = request.transport == "vhost-user-vsock"
     memory = f"{-(-request.memory // MIB)}M"
@@ -240,14 +240,14 @@ def vsock_daemon(request: LaunchRequest) -> Helper:
     )
 
 
-def _display(request: LaunchRequest) -> list[str]:
+def _display(request: LaunchRequest, platform: str) -> list[str]:
     """VNC is served on a UNIX socket only: it has no password, and a port is everybody's."""
     match request.display:
         case "none":
             return ["-display", "none"]
         case "vnc":
             path = f"{request.runtime}/screen/vnc"
-            _check_socket(path)
+            _check_socket(path, platform)
             return ["-display", "none", "-vnc", f"unix:{path}"]
         case "window":
             window = str(request.capabilities.data.get("window", ""))
