@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from kenaz_drivers.contract import Disk, DriverError, LaunchRequest
+from kenaz_drivers.contract import Capabilities, Disk, DriverError, LaunchRequest
 from kenaz_drivers.vfkit.argv import build, on_virtio
 
 HERE = Path(__file__).parent
@@ -187,3 +187,44 @@ def test_the_path_of_a_socket_is_taken_out_of_a_uri(ask: Ask) -> None:
     told = ask([*EFI, "--restful-uri", "unix:///a%20b%25"])
     assert told["rest"] == "/a b%"
     assert properties.parse([*EFI, "--restful-uri", "unix:///a%20b%25"])["rest"] == told["rest"]
+
+
+def test_each_character_of_a_path_is_read_as_it_is_or_refused(ask: Ask, scratch: Path) -> None:
+    """One by one, for what is random may miss one."""
+    plain = LaunchRequest(
+        session="s",
+        directory=str(scratch),
+        runtime="/r",
+        cpus=1,
+        memory=1 << 20,
+        transport="vfkit",
+        channel="/c",
+        port=1,
+        capabilities=Capabilities(usable=True, reasons=(), arch="aarch64"),
+    )
+    refused = set()
+    for char in map(chr, (*range(1, 47), *range(48, 256), 0x20AC, 0x1F600)):
+        disk = scratch / f"a{char}41"
+        disk.write_bytes(b"disk")
+        requests = {
+            "channel": replace(plain, channel=f"/a{char}41"),
+            "runtime": replace(plain, runtime=f"/a{char}41"),
+            "disk": replace(plain, disks=(Disk("root", str(disk), "raw"),)),
+        }
+        for place, request in requests.items():
+            try:
+                command = build(request, "vfkit")
+            except DriverError:
+                refused.add((place, char))
+                continue
+            told = ask(command.argv[1:])
+            assert "error" not in told, (place, char, told)
+            assert told["rest"] == command.rest
+            found = [device for device in devices(told) if device["kind"] in {"virtioblk", "virtiosock"}]
+            assert {device.get("imagePath", device.get("socketURL")) for device in found} == {
+                request.channel,
+                *(disk.path for disk in request.disks),
+            }
+    assert {char for place, char in refused if place == "disk"} == {","}
+    assert {char for place, char in refused if place == "runtime"} == set()
+    assert {"%", "?", "#", ","} <= {char for place, char in refused if place == "channel"}
