@@ -94,6 +94,24 @@ def test_an_ack_is_read_as_it_was_written() -> None:
         read_ack(b'{"kind":"ack","received":"1"}')
 
 
+async def test_a_harness_that_was_sent_too_much_to_be_granted_may_acknowledge_all_the_same() -> None:
+    """It cannot know: what it was sent before its `resume` came is more than the launcher keeps [Z7]."""
+    near, far = trio.testing.memory_stream_pair()
+    link = UnixHarness(near, LIMITS, far.aclose)  # type: ignore[arg-type]  # it is not dialled again
+    framing = LengthPrefixed()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        link.open("s", "", ())
+        for _ in range(3):
+            await link.send(bytes(LIMITS.queue - 1))
+        await trio.testing.wait_all_tasks_blocked()
+        said = (b'{"kind":"resume","received":0}', ack(3), b'{"kind":"x-a"}', ack(3), b'{"kind":"x-b"}')
+        await far.send_all(b"".join(map(framing.encode, said)))
+        assert [await link.receive() for _ in range(2)] == [b'{"kind":"x-a"}', b'{"kind":"x-b"}']
+        assert not link.resumable
+        nursery.cancel_scope.cancel()
+
+
 # Over streams that are cut
 
 

@@ -13,7 +13,7 @@ from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.connection import Connection
 from kenaz_engine.channel.framing import FramingError, LengthPrefixed
 from kenaz_engine.channel.protocol import VERSION, Limits
-from kenaz_engine.channel.resume import Inbox, NotKept
+from kenaz_engine.channel.resume import Inbox, NotKept, read_ack
 
 LAST_WORD = 1.0
 """Seconds that writing `session.close` may take."""
@@ -104,6 +104,7 @@ class UnixHarness:
         self._connection = self._connect(stream)
         self._connections = 1
         self._heard = False
+        self._ungranted = False  # it said `resume`, too late to be granted it
         self._closing = False
         self._introduction: dict[str, Any] = {}
         self._lost: HarnessError | None = None
@@ -194,7 +195,8 @@ class UnixHarness:
                 await self._another(connection)
             elif payload is None or self._heard or not self._joins(payload):
                 self._heard = True
-                return payload
+                if payload is None or not self._ungranted or read_ack(payload) is None:
+                    return payload
 
     def took(self, size: int) -> None:
         """A payload of that size, which `receive` gave, is in good hands."""
@@ -238,6 +240,8 @@ class UnixHarness:
         if received == 0 and self._connection.outbox.confirm():
             self._connection.grant(Inbox(self._limits.queue))
             self._connection.push()
+        else:
+            self._ungranted = True
         return True
 
     async def _another(self, than: Connection) -> None:
