@@ -195,7 +195,7 @@ ExecStart=/bin/sh /usr/lib/kenaz/faults
 CRASH_SERVICE = """[Service]
 Type=oneshot
 ExecStart=/bin/sh -c 'while :; do for p in /proc/[0-9]*; do case $(tr "\\\\0" " " <$p/cmdline) in \
-*agent.py*) sleep 8; kill -9 $${p##*/}; exit 0 ;; esac; done 2>/dev/null; sleep 1; done'
+*agent.py*) sleep 8; dd if=/dev/zero of=/fill bs=1M; kill -9 $${p##*/}; exit 0 ;; esac; done 2>/dev/null; sleep 1; done'
 """
 STUBBORN_SERVICE = """[Service]
 ExecStart=/bin/sh -c 'trap "" TERM; while :; do sleep 1000 & wait; done'
@@ -242,6 +242,7 @@ def faulty(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         ("sway", "failed: guest panicked while booting: .*kenaz: emergency: sway ended with status 1"),
         ("greetd", "failed: guest panicked while booting: .*kenaz: emergency: greetd.service failed"),
+        ("full", "failed: guest panicked while booting: .*kenaz: emergency: sway ended with status 1"),
         ("panic", "failed: guest panicked while booting: .*Kernel panic - not syncing"),
         ("emergency", "failed: guest panicked while booting: .*You are in emergency mode"),
         ("reboot", "failed: VM exited before it dialled: guest-reset: the guest asked for a reboot"),
@@ -260,7 +261,7 @@ def test_a_full_disk_and_a_crash_are_lived_with_and_who_refuses_to_stop_is_cut_o
 ) -> None:
     peer = harness(lambda message: [])
     faults = {
-        "workbench.env.FAULT": "full crash stubborn",
+        "workbench.env.FAULT": "crash stubborn",
         "machine.display": "none",
         "timeouts.stopping": "15s",
     }
