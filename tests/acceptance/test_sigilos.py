@@ -106,7 +106,7 @@ def test_the_desktop_is_seen_and_the_session_ends_along_the_declared_path(
 
     peer = harness(answer)
     running = started(world, "desk", "--harness", peer.address)
-    world.until(lambda: sum(m["kind"] == "prompt" for m in heard) == 2, BOUND)
+    world.until(lambda: running.poll() is not None or sum(m["kind"] == "prompt" for m in heard) == 2, BOUND)
     [machine] = [
         r["handle"]["pid"] for r in world.records("desk") if r["kind"] == "acquired" and r["resource"] == "vm"
     ]
@@ -192,10 +192,23 @@ Type=oneshot
 RemainAfterExit=yes
 ExecStart=/bin/sh /usr/lib/kenaz/faults
 """
+CRASH = """#!/bin/sh
+# Some time after the workbench has begun: fills the disk, and kills it.
+while :; do
+    for process in /proc/[0-9]*; do
+        read -r name <$process/comm
+        if [ "$name" = python3.11 ]; then
+            sleep 8
+            dd if=/dev/zero of=/fill bs=1M
+            exec kill -9 ${process##*/}
+        fi
+    done 2>/dev/null
+    sleep 1
+done
+"""
 CRASH_SERVICE = """[Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'while :; do for p in /proc/[0-9]*; do case $(tr "\\\\0" " " <$p/cmdline) in \
-*agent.py*) sleep 8; dd if=/dev/zero of=/fill bs=1M; kill -9 $${p##*/}; exit 0 ;; esac; done 2>/dev/null; sleep 1; done'
+ExecStart=/bin/sh /usr/lib/kenaz/crash
 """
 STUBBORN_SERVICE = """[Service]
 ExecStart=/bin/sh -c 'trap "" TERM; while :; do sleep 1000 & wait; done'
@@ -218,10 +231,10 @@ def faulty(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     disk = directory / document["parts"]["root"]["file"]
     disk.chmod(0o600)
     commands = ["cd /etc/systemd/system"]
-    files = {"faults": FAULTS, "fault.service": FAULT_SERVICE, "crash.service": CRASH_SERVICE}
+    files = {"faults": FAULTS, "crash": CRASH, "fault.service": FAULT_SERVICE, "crash.service": CRASH_SERVICE}
     for name, text in {**files, "stubborn.service": STUBBORN_SERVICE}.items():
         (directory / name).write_text(text)
-        commands.append(f"write {directory / name} {'/usr/lib/kenaz/' if name == 'faults' else ''}{name}")
+        commands.append(f"write {directory / name} {name if '.' in name else f'/usr/lib/kenaz/{name}'}")
     commands.append("mkdir kenaz-meta.service.wants")
     commands.append("symlink kenaz-meta.service.wants/fault.service ../fault.service")
     tool = shutil.which("debugfs", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -267,7 +280,12 @@ def test_a_full_disk_and_a_crash_are_lived_with_and_who_refuses_to_stop_is_cut_o
     }
     options = {"lifecycle": "standard-reconnect", "workbench.args": '["idle"]', **faults}
     running = started(world, "s1", "--harness", peer.address, image=faulty, **options)
-    world.until(lambda: world.status("s1") is not None and world.path("s1").count("running") == 2, BOUND)
+
+    def came_back() -> bool:
+        assert running.poll() is None
+        return world.status("s1") is not None and world.path("s1").count("running") == 2
+
+    world.until(came_back, BOUND)
     assert world.call("end", "s1").returncode == 0
     out, _ = running.communicate(timeout=BOUND)
     assert running.returncode == 0, out
