@@ -179,7 +179,7 @@ for fault in $faults; do
             dd if=/dev/zero of=/fill bs=1M 2>/dev/null
             df / | grep -q 100% || echo "kenaz: emergency: not full" >/dev/console
             ;;
-        crash) systemctl --no-block start crash.service ;;
+        once) chmod 777 / ;;
         stubborn) systemctl --no-block start stubborn.service ;;
     esac
 done
@@ -191,24 +191,6 @@ Before=kenaz-meta.service
 Type=oneshot
 RemainAfterExit=yes
 ExecStart=/bin/sh /usr/lib/kenaz/faults
-"""
-CRASH = """#!/bin/sh
-# Some time after the workbench has begun: fills the disk, and kills it.
-while :; do
-    for process in /proc/[0-9]*; do
-        read -r name <$process/comm
-        if [ "$name" = python3.11 ]; then
-            sleep 8
-            dd if=/dev/zero of=/fill bs=1M
-            exec kill -9 ${process##*/}
-        fi
-    done 2>/dev/null
-    sleep 1
-done
-"""
-CRASH_SERVICE = """[Service]
-Type=oneshot
-ExecStart=/bin/sh /usr/lib/kenaz/crash
 """
 STUBBORN_SERVICE = """[Service]
 ExecStart=/bin/sh -c 'trap "" TERM; while :; do sleep 1000 & wait; done'
@@ -231,7 +213,7 @@ def faulty(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     disk = directory / document["parts"]["root"]["file"]
     disk.chmod(0o600)
     commands = ["cd /etc/systemd/system"]
-    files = {"faults": FAULTS, "crash": CRASH, "fault.service": FAULT_SERVICE, "crash.service": CRASH_SERVICE}
+    files = {"faults": FAULTS, "fault.service": FAULT_SERVICE}
     for name, text in {**files, "stubborn.service": STUBBORN_SERVICE}.items():
         (directory / name).write_text(text)
         commands.append(f"write {directory / name} {name if '.' in name else f'/usr/lib/kenaz/{name}'}")
@@ -269,16 +251,16 @@ def test_what_fails_inside_is_told_in_one_line(faulty: str, world: Any, fault: s
     assert out.endswith("  nothing left behind\n")
 
 
-def test_a_full_disk_and_a_crash_are_lived_with_and_who_refuses_to_stop_is_cut_off(
+def test_a_crash_is_lived_with_and_a_service_that_refuses_to_stop_is_cut_off(
     faulty: str, world: Any, harness: Callable[..., Any]
 ) -> None:
     peer = harness(lambda message: [])
     faults = {
-        "workbench.env.FAULT": "crash stubborn",
+        "workbench.env.FAULT": "once stubborn",
         "machine.display": "none",
         "timeouts.stopping": "15s",
     }
-    options = {"lifecycle": "standard-reconnect", "workbench.args": '["idle"]', **faults}
+    options = {"lifecycle": "standard-reconnect", "workbench.args": '["once:exit:3", "idle"]', **faults}
     running = started(world, "s1", "--harness", peer.address, image=faulty, **options)
 
     def came_back() -> bool:
