@@ -110,12 +110,12 @@ def host_modules(image: Image, scratch: Path) -> dict[str, bytes]:
     }
     kept = ROOT / "build/kernel-vsock" / hashlib.sha256(repr(packages).encode()).hexdigest()[:16]
     if not kept.exists():
-        build._download(ARCHITECTURES["x86_64"], packages, scratch)
+        build.download(ARCHITECTURES["x86_64"], packages, scratch)
         tree = scratch / "tree"
         for deb in scratch.glob("*.deb"):
             subprocess.run(["dpkg", "-x", deb, tree], check=True)
-        release = build._release(tree)
-        build._run("depmod", "-b", tree, release)
+        release = build.kernel_release(tree)
+        build.run("depmod", "-b", tree, release)
         modules = build.Modules(tree / "lib/modules" / release).in_load_order(MODULES)
         fresh = scratch / "kept"
         fresh.mkdir()
@@ -188,7 +188,7 @@ def make_disk(image: Image, scratch: Path, run: str, *, machines: bool) -> Path:
     disk = scratch / "root.ext4"
     used = sum(path.lstat().st_size + 4096 for path in root.rglob("*"))
     options = ["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", root]
-    build._run("mke2fs", *map(str, options), str(disk), str(used // 1024 + (256 << 10)) + "k")
+    build.run("mke2fs", *map(str, options), str(disk), str(used // 1024 + (256 << 10)) + "k")
     shutil.rmtree(root)
     return disk
 
