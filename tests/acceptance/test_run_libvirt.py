@@ -121,7 +121,7 @@ def test_a_killed_launcher_leaves_no_domain_and_its_reaper_says_so(
 def test_a_domain_that_somebody_destroys_ends_the_session(
     world: Any, options: dict[str, str], libvirtd: Any
 ) -> None:
-    with world.start("--session-id", "v", **options) as running:
+    with world.start("--session-id", "v", behaviour="idle", **options) as running:
         world.wait_for("v", "running")
         [uuid] = libvirtd.domains()
         subprocess.run(["virsh", "-c", libvirtd.uri, "destroy", uuid], check=True, capture_output=True)
