@@ -76,6 +76,11 @@ class Capabilities:
     assigns_cid: bool = False
     data: JsonObject = field(default_factory=dict)
 
+    def refusal(self, name: str) -> DriverError:
+        """Why `plan` can make nothing of this: what is not as it should be, or that nobody has looked."""
+        reasons = "; ".join(reason.text for reason in self.reasons if not reason.ok)
+        return DriverError(f"{name} cannot be planned for: {reasons or 'this host was not probed'}")
+
 
 @dataclass(frozen=True, slots=True)
 class Disk:

@@ -6,7 +6,7 @@ for all others; see docs/decisions/0021-public-host.md.
 
 from kenaz_drivers._common.background import Background, open_background
 from kenaz_drivers._common.identity import boot_id, identify, is_alive
-from kenaz_drivers._common.output import Console, LogTail
+from kenaz_drivers._common.output import Console, LogTail, describe_end
 from kenaz_drivers._common.process import Captured, ChildProcess, capture, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
 
@@ -18,6 +18,7 @@ __all__ = [
     "LogTail",
     "boot_id",
     "capture",
+    "describe_end",
     "identify",
     "is_alive",
     "open_background",

@@ -5,7 +5,7 @@ import trio
 import trio.testing
 
 from kenaz_drivers._common.background import open_background
-from kenaz_drivers._common.output import Console, LogTail
+from kenaz_drivers._common.output import Console, LogTail, describe_end
 
 
 def test_a_tail_keeps_the_last_lines_whatever_the_chunks():
@@ -26,6 +26,13 @@ def test_a_tail_is_bounded_and_printable():
     assert tail.lines() == ("[31mred\N{REPLACEMENT CHARACTER}", "y" * 10)
     tail.feed(b"\n" * 1000)
     assert len(tail._rest) == 0
+
+
+def test_an_end_is_told_by_signal_or_code_and_last_words():
+    assert describe_end("QEMU", -9) == "SIGKILL killed QEMU"
+    assert describe_end("QEMU", -62, ["last"]) == "signal 62 killed QEMU"  # of real time: it has no name
+    assert describe_end("QEMU", 1) == "QEMU ended with code 1"
+    assert describe_end("QEMU", 1, ["first", "last"]) == "QEMU ended with code 1: last"
 
 
 async def test_a_console_ends_without_an_error():

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
+from collections.abc import Sequence
 
 import trio
+
+
+def describe_end(who: str, code: int, log: Sequence[str] = ()) -> str:
+    """How a child ended, in words: by which signal (a negative code), or with which code and last line."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:  # one of real time has no name
+            name = f"signal {-code}"
+        return f"{name} killed {who}"
+    return f"{who} ended with code {code}{f': {log[-1]}' if log else ''}"
 
 
 class LogTail:

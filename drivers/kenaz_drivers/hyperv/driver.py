@@ -55,6 +55,14 @@ _HINTS = (
 )
 
 
+_SESSIONS = (
+    ()
+    if sys.platform != "win32"
+    else (Reason(False, "no session can run on Windows yet: the launcher's own sockets are UNIX sockets"),)
+)
+"""What keeps machines from being used that Hyper-V could run."""
+
+
 def hint_for(text: str) -> str:
     """What the user can do about a script that said this; empty when we do not know."""
     return next((hint for said, hint in _HINTS if said in text), "")
@@ -208,7 +216,7 @@ class HypervDriver:
             said = await PowerShell(program).run(
                 scripts.look(DEFAULT_PORT), "PowerShell cannot be asked", QUESTION_DEADLINE
             )
-            reasons = _reasons(json.loads(said))
+            reasons = (*_reasons(json.loads(said)), *_SESSIONS)
         except (DriverError, ValueError, LookupError, TypeError) as error:
             reasons = (Reason(False, str(error), getattr(error, "hint", "") or "repair PowerShell"),)
         usable = all(reason.ok for reason in reasons if not reason.transport)
@@ -225,8 +233,7 @@ class HypervDriver:
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         program = str(request.capabilities.data.get("powershell", ""))
         if not program:
-            reasons = "; ".join(reason.text for reason in request.capabilities.reasons if not reason.ok)
-            raise DriverError(f"Hyper-V cannot be planned for: {reasons or 'this host was not probed'}")
+            raise request.capabilities.refusal("Hyper-V")
         secure_boot = bool(request.options.get("secureBoot", False))
         script = scripts.create(request, secure_boot=secure_boot)
         notes = [] if secure_boot else ["secure boot is off: the firmware boots whatever is on the disk"]

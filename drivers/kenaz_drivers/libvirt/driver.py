@@ -287,8 +287,7 @@ class LibvirtDriver:
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         capabilities = request.capabilities
         if "facts" not in capabilities.data:
-            reasons = "; ".join(reason.text for reason in capabilities.reasons if not reason.ok)
-            raise DriverError(f"libvirt cannot be planned for: {reasons or 'this host was not probed'}")
+            raise capabilities.refusal("libvirt")
         facts = Facts.from_json(capabilities.data["facts"])
         mark = request.mark or request.session
         uuid = uuid_of(mark)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import trio
 
 from kenaz_drivers._common.background import open_background
-from kenaz_drivers._common.output import Console
+from kenaz_drivers._common.output import Console, describe_end
 from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import (
@@ -42,13 +42,7 @@ def describe_exit(code: int, asked: bool) -> Exit:
         return Exit(True, "the agent ended", code)
     if code == -signal.SIGTERM and asked:
         return Exit(True, "the agent ended on SIGTERM, as it was asked to", code)
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        return Exit(False, f"{name} killed the agent", code)
-    return Exit(False, f"the agent ended with code {code}", code)
+    return Exit(False, describe_end("the agent", code), code)
 
 
 class ProcessMachine:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import trio
 
 from kenaz_drivers._common.background import open_background
-from kenaz_drivers._common.output import Console, LogTail
+from kenaz_drivers._common.output import Console, LogTail, describe_end
 from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import (
@@ -69,14 +69,7 @@ def describe_exit(code: int, shutdown: str, log: tuple[str, ...]) -> Exit:
     """
     if code == 0 and shutdown:
         return Exit(shutdown == "guest-shutdown", f"{shutdown}: {_WORDS.get(shutdown, 'QEMU ended')}", code)
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        return Exit(False, f"{name} killed QEMU", code)
-    said = f": {log[-1]}" if log else ""
-    return Exit(False, f"QEMU ended with code {code}{said}", code)
+    return Exit(False, describe_end("QEMU", code, log), code)
 
 
 class QemuMachine:
@@ -253,8 +246,7 @@ class QemuDriver:
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         capabilities = request.capabilities
         if "facts" not in capabilities.data:
-            reasons = "; ".join(reason.text for reason in capabilities.reasons if not reason.ok)
-            raise DriverError(f"QEMU cannot be planned for: {reasons or 'this host was not probed'}")
+            raise capabilities.refusal("QEMU")
         command = build(request, Facts.from_json(capabilities.data["facts"]))
         fallback = str(capabilities.data.get("fallback", ""))
         return LaunchPlan(

@@ -17,7 +17,7 @@ from typing import ClassVar
 import trio
 
 from kenaz_drivers._common.background import open_background
-from kenaz_drivers._common.output import Console, LogTail
+from kenaz_drivers._common.output import Console, LogTail, describe_end
 from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import (
@@ -75,14 +75,7 @@ def describe_exit(code: int, *, cut: bool, log: tuple[str, ...], no_channel: str
         return Exit(False, f"vfkit gave the guest no channel: {no_channel}", code)
     if code == 0:
         return Exit(not cut, "the launcher cut the power" if cut else "the guest powered off", code)
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        return Exit(False, f"{name} killed vfkit", code)
-    said = f": {log[-1]}" if log else ""
-    return Exit(False, f"vfkit ended with code {code}{said}", code)
+    return Exit(False, describe_end("vfkit", code, log), code)
 
 
 class VfkitMachine:
@@ -209,8 +202,7 @@ class VfkitDriver:
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         binary = str(request.capabilities.data.get("binary", ""))
         if not binary:
-            reasons = "; ".join(reason.text for reason in request.capabilities.reasons if not reason.ok)
-            raise DriverError(f"vfkit cannot be planned for: {reasons or 'this host was not probed'}")
+            raise request.capabilities.refusal("vfkit")
         command = build(request, binary)
         return LaunchPlan(
             driver=self.name,

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from kenaz_drivers.contract import MARK, DriverError, Helper
-from kenaz_drivers.host import ChildProcess, Console, LogTail, open_pipe, spawn
+from kenaz_drivers.host import ChildProcess, LogTail, describe_end, open_pipe, spawn
 from kenaz_engine.session.ledger import Made
 from kenaz_engine.session.runner import Work
 
@@ -42,22 +42,15 @@ class Supervised:
         task_status.started()
         try:
             async with log, trio.open_nursery() as nursery:
-                nursery.start_soon(self._read, log)
+                nursery.start_soon(self._log.read, log)
                 code = await self.child.wait()
                 nursery.cancel_scope.deadline = trio.current_time() + LOG_GRACE
         finally:
             # Also where the session ends around it: then it is ended at its release.
             with trio.CancelScope(shield=True):
                 await self.child.end((signal.SIGTERM, TERM_GRACE))
-        said = f": {lines[-1]}" if (lines := self._log.lines()) else ""
-        self.ended = f"{self.helper.name} ended with code {code}{said}"
-        if code < 0:
-            self.ended = f"{signal.Signals(-code).name} killed {self.helper.name}"
+        self.ended = describe_end(self.helper.name, code, self._log.lines())
         self.gone.set()
-
-    async def _read(self, log: trio.abc.ReceiveStream) -> None:
-        async for data in Console(log):
-            self._log.feed(data)
 
     async def ready(self) -> None:
         """Returns when all of its sockets are there. Raises DriverError when it ended before, whatever its

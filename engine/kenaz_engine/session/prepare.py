@@ -192,10 +192,12 @@ def _notes(
 ) -> list[str]:
     notes = []
     for name, other in considered:
+        if name == driver.name:
+            break  # those behind it were looked at in case they are better
         # Of a driver for another system there is nothing to be done: `plan` and `doctor` tell of it.
-        if name != driver.name and any(r.mend for r in other.reasons if not r.ok):
-            why = "; ".join(r.text for r in other.reasons if not r.ok and not r.transport)
-            notes.append(f"{name} is not used: {why}")
+        faults = [reason for reason in other.reasons if not reason.ok and not reason.transport]
+        if any(reason.mend for reason in faults):
+            notes.append(f"{name} is not used: {'; '.join(reason.text for reason in faults)}")
     notes += [reason.text for reason in capabilities.reasons if not reason.ok and not reason.transport]
     if capabilities.deadline_scale != 1.0:
         scale = f"x{capabilities.deadline_scale:g} under {capabilities.accelerator}"
