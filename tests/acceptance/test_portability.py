@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,8 +117,6 @@ def test_what_is_pure_is_the_same_elsewhere(platform: str) -> None:
     words = ["-q", "-p", "no:cacheprovider", "-p", "no:kenaz", *tests]
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, platform, ",".join(OTHERS.split()), *words],
-        # What is about a system that this one is not is skipped there, and is run where it is.
-        env={name: value for name, value in os.environ.items() if name != "KENAZ_REQUIRE_ALL"},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,12 +1,12 @@
 """vfkit's command lines, to the letter, and what its end means."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kenaz_drivers.contract import Capabilities, Disk, DriverError, LaunchRequest, Reason
-from kenaz_drivers.vfkit import probe
 from kenaz_drivers.vfkit.argv import build, on_virtio
 from kenaz_drivers.vfkit.driver import VfkitDriver, describe_exit, hint_for
 
@@ -126,9 +126,8 @@ def test_what_vfkit_says_becomes_what_to_do():
     assert hint_for(("other",)) == ""
 
 
-async def test_a_host_without_macos_cannot_run_it(monkeypatch):
-    if probe.sys.platform == "darwin":
-        pytest.skip("this is a Mac")
+@pytest.mark.only_where(sys.platform != "darwin")
+async def test_a_host_without_macos_cannot_run_it():
     found = await VfkitDriver().probe("x86_64", {})
     assert (found.usable, found.transports) == (False, ())
     assert [reason.text for reason in found.reasons] == ["vfkit runs on macOS only"]
