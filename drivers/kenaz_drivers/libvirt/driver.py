@@ -268,7 +268,7 @@ class LibvirtDriver:
                 "then not started.",
                 "type": "string",
                 "pattern": "^qemu(\\+[a-z]+)?://",
-                "examples": ["qemu:///session", "qemu:///system", "qemu+ssh://me@host/system"],
+                "examples": ["qemu:///session", "qemu:///system", "qemu+tcp://localhost/system"],
             },
             "accel": {
                 "title": "Accelerator",
