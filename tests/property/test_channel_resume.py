@@ -183,6 +183,7 @@ class Peer:
                     await write(framing.encode(b'{"kind":"resume","received":%d}' % self.inbox.received))
                     if opened["connection"] > 1:
                         self.outbox.rewind(opened["received"])
+                self._changed.unpark_all()  # what the other side has taken makes room, too
                 nursery.start_soon(writer)
                 async for payload in incoming:
                     if (number := read_ack(payload)) is not None:
