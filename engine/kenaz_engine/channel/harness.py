@@ -72,8 +72,9 @@ class HarnessLink(Protocol):
     async def receive(self) -> bytes | None:
         """The next payload; None when no more will come. If cancelled, none is lost.
 
-        An empty one says that the connection broke: another one is made when all that came before is taken
-        and this is called again. Raises FramingError when the harness sends no frames, HarnessError when it
+        An empty one says that the connection broke: another one is made when this is called again and all
+        that came before is taken. Until then there is an empty one each time, since whoever was to take it
+        may have been cancelled: what is given and not taken would be said again. Raises FramingError when the harness sends no frames, HarnessError when it
         went away and did not come back.
         """
         ...
@@ -104,6 +105,7 @@ class UnixHarness:
         self._connection = self._connect(stream)
         self._connections = 1
         self._heard = False
+        self._given = 0  # payloads that nobody has taken for good yet
         self._ungranted = False  # it said `resume`, too late to be granted it
         self._closing = False
         self._introduction: dict[str, Any] = {}
@@ -190,16 +192,20 @@ class UnixHarness:
                     connection.broken = True
                     connection.fail("the harness closed the connection")
                     return b""
+                if self._given:
+                    return b""
                 self._read_out = connection
                 self._changed.unpark_all()
                 await self._another(connection)
             elif payload is None or self._heard or not self._joins(payload):
                 self._heard = True
                 if payload is None or not self._ungranted or read_ack(payload) is None:
+                    self._given += payload is not None
                     return payload
 
     def took(self, size: int) -> None:
         """A payload of that size, which `receive` gave, is in good hands."""
+        self._given -= 1
         self._connection.took(size)
 
     async def aclose(self, outcome: str) -> None:
