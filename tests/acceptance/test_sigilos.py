@@ -163,6 +163,14 @@ def test_every_point_of_the_contract_holds_over_vsock_and_without_a_screen(image
     assert (done.returncode, told["ok"]) == (0, True)
 
 
+def test_the_root_has_the_room_that_the_session_gives_it(image: str, world: Any) -> None:
+    words = {"workbench.args": '["sh", "-c", "df -m / | tail -n 1"]', "lifecycle": "ephemeral-exec"}
+    options = {**words, "machine.disk": "3GiB", "machine.display": "none"}
+    out, err = started(world, "s1", image=image, **options).communicate(timeout=BOUND)
+    [size] = re.findall(r"^    \| \S+ +(\d+) +\d+ +\d+ +\d+% /$", out, re.MULTILINE)
+    assert 2800 < int(size) < 3072, (out, err)
+
+
 # --- what goes wrong inside ---------------------------------------------------------------------------------
 
 FAULTS = """#!/bin/sh

@@ -74,8 +74,8 @@ class HarnessLink(Protocol):
 
         An empty one says that the connection broke: another one is made when this is called again and all
         that came before is taken. Until then there is an empty one each time, since whoever was to take it
-        may have been cancelled: what is given and not taken would be said again. Raises FramingError when the harness sends no frames, HarnessError when it
-        went away and did not come back.
+        may have been cancelled: what is given and not taken would be said again. Raises FramingError when the
+        harness sends no frames, HarnessError when it went away and did not come back.
         """
         ...
 
