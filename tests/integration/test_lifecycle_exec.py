@@ -143,6 +143,8 @@ def test_nothing_outlives_a_kill(tmp_path: Path, killed: str) -> None:
             os.kill(int(agent.split()[1]), signal.SIGKILL)
         launcher.wait(SECONDS)
     assert is_gone(int(pid.read_text()))
+    reap = [sys.executable, "-m", "kenaz_engine.cli.main", "reap"]
+    subprocess.run(reap, env=environment(tmp_path), check=True, capture_output=True)
 
 
 def test_a_command_beyond_a_frame_is_not_sent(execute: Execute) -> None:
