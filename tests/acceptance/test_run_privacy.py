@@ -165,7 +165,8 @@ class Lookout:
     """Looks at the host from a session's first moment to its last, as anybody else on it could.
 
     `seen` is what others may read: all command lines, and the names of files and sockets. `helpers` are the
-    environments of what the launcher has started; its own is its user's.
+    environments of what the launcher has started; its own is its user's, and so is a child's until it is
+    another program, which is seen by its command line.
     """
 
     def __init__(self, world, token_of):
@@ -187,8 +188,9 @@ class Lookout:
     def look(self):
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError, ValueError):
-                self.seen.add((process / "cmdline").read_bytes())
-                if self._is_ours(int(process.name)):
+                words = (process / "cmdline").read_bytes()
+                self.seen.add(words)
+                if self._is_ours(int(process.name)) and words != self._words_of_the_launcher():
                     self.helpers.add((process / "environ").read_bytes())
         self.seen.add(Path("/proc/net/unix").read_bytes())
         with suppress(OSError):
@@ -197,6 +199,9 @@ class Lookout:
         with suppress(OSError, ValueError, AssertionError):
             [config] = self._world.directory("s1").glob("config*")
             self.tokens.add(self._token_of(config))
+
+    def _words_of_the_launcher(self):
+        return Path(f"/proc/{self.launcher}/cmdline").read_bytes()
 
     def _is_ours(self, pid):
         """A child of the launcher's, or of one of these."""

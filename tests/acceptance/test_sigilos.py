@@ -184,6 +184,7 @@ for fault in $faults; do
         sway) mount --bind /bin/false /usr/bin/sway ;;
         greetd) mount --bind /bin/false /usr/sbin/greetd ;;
         full)
+            /usr/lib/systemd/systemd-growfs /
             dd if=/dev/zero of=/fill bs=1M 2>/dev/null
             df / | grep -q 100% || echo "kenaz: emergency: not full" >/dev/console
             ;;

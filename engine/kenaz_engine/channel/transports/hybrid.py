@@ -7,7 +7,8 @@ the path alone says which guest it is.
 Facts: Firecracker's own description; vhost-device-vsock 0.3.0, which was run. That one has traps: nothing is
 refused where nobody listens (the guest's connect times out after 2 s), so the launcher listens before the
 machine starts; what the guest half closes stays open; what follows the line `CONNECT` before its answer is
-lost, and the line has to come in one piece.
+lost, and the line has to come in one piece; and a host that dials while the guest's kernel takes up the
+device may stop it for good, so the host dials only a guest that has been heard of.
 """
 
 from __future__ import annotations
