@@ -38,7 +38,9 @@ def options(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_session_from_its_plan_to_nothing_left(world: Any, options: dict[str, str]) -> None:
-    planned = json.loads(world.plan("--json", **options).stdout)
+    shown = world.plan("--json", **options)
+    assert shown.returncode == 0, shown.stderr
+    planned = json.loads(shown.stdout)
     assert (planned["driver"]["name"], planned["accelerator"]) == ("vfkit", "vz")
     assert planned["transport"]["name"] == "vfkit"
     done = world.run("--session-id", "v1", **options)
@@ -47,11 +49,16 @@ def test_a_session_from_its_plan_to_nothing_left(world: Any, options: dict[str, 
     assert "nothing left behind" in done.stdout
 
 
-def test_a_launcher_that_is_killed_leaves_nothing_that_reap_does_not_find(
+def test_a_launcher_that_makes_no_picture_and_is_killed_leaves_nothing_that_reap_does_not_find(
     world: Any, options: dict[str, str]
 ) -> None:
     with world.start("--session-id", "v2", behaviour="idle", **options) as launcher:
         world.wait_for("v2", "running")
+        picture = world.call("screenshot", "v2", str(world.state / "v2.png"))
+        assert (picture.returncode, "the driver vfkit makes no pictures of screens" in picture.stderr) == (
+            1,
+            True,
+        )
         launcher.send_signal(signal.SIGKILL)
     told = world.reap()
     assert [session["status"] for session in told["sessions"]] == ["reaped"]

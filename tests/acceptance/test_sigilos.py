@@ -171,6 +171,19 @@ def test_the_root_has_the_room_that_the_session_gives_it(image: str, world: Any)
     assert 2800 < int(size) < 3072, (out, err)
 
 
+def test_another_build_of_it_is_the_same_to_the_byte(image: str, tmp_path: Path) -> None:
+    subprocess.run(
+        [LAUNCHER, "image", "build", image, "--output", tmp_path / "again"],
+        capture_output=True,
+        timeout=BOUND,
+        check=True,
+    )
+    manifest = find_image(image, "x86_64", default_cache()).manifest
+    assert manifest is not None
+    first, again = (json.loads(path.read_bytes()) for path in (manifest, tmp_path / "again/image.json"))
+    assert again["parts"] == first["parts"]
+
+
 # --- what goes wrong inside ---------------------------------------------------------------------------------
 
 FAULTS = """#!/bin/sh
@@ -257,6 +270,21 @@ def test_what_fails_inside_is_told_in_one_line(faulty: str, world: Any, fault: s
     out, err = running.communicate(timeout=BOUND)
     assert (running.returncode, err) == (1, "")
     assert re.search(says, out), out
+    assert out.endswith("  nothing left behind\n")
+
+
+def test_a_disk_that_is_filled_while_the_guest_serves_is_the_guests_own_trouble(
+    image: str, world: Any
+) -> None:
+    """The user takes all the room there is: what writes is told so, and the session ends as any."""
+    script = "dd if=/dev/zero of=$HOME/fill bs=1M; df / | tail -n 1; echo more >$HOME/more || exit 9"
+    words = {"workbench.args": json.dumps(["sh", "-c", script]), "lifecycle": "ephemeral-exec"}
+    options = {**words, "machine.disk": "1GiB", "machine.display": "none"}
+    out, err = started(world, "s1", image=image, **options).communicate(timeout=BOUND)
+    assert "No space left on device" in out, out + err
+    assert " 100% /\n" in out
+    assert "failed: the command failed: exit code 9" in out
+    assert world.path("s1")[-3:] == ["draining", "stopping", "releasing"]
     assert out.endswith("  nothing left behind\n")
 
 

@@ -20,7 +20,7 @@ from kenaz_drivers.vfkit.argv import TRANSPORT
 OLDEST = 14
 """The first macOS that vfkit supports (its doc/supported_platforms.md)."""
 
-_QUESTION_DEADLINE = 5.0
+_QUESTION_DEADLINE = 30.0  # seconds: it takes 0.03, and on a host that is busy what it takes
 _PLACES = ("/opt/homebrew/bin/vfkit", "/usr/local/bin/vfkit")
 _MEND = "brew install vfkit"
 
@@ -87,6 +87,8 @@ async def _program(named: str) -> tuple[str, Reason]:
         captured = await capture([binary, "--version"], deadline=_QUESTION_DEADLINE)
     except DriverError as error:
         return "", Reason(False, str(error), error.hint)
+    if captured.code is None:
+        return "", Reason(False, f"{binary} --version is not done after {_QUESTION_DEADLINE:g} s", mend)
     version = re.search(r"version: v?(\S+)", captured.text)
     if captured.code != 0 or version is None:
         return "", Reason(False, f"{binary} does not say its version like vfkit", mend)

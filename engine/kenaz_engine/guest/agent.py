@@ -594,7 +594,7 @@ class Command:
         self._kill_at: float | None = None
         variables = {
             "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": agent.path("/"),
+            "HOME": os.environ.get("HOME", agent.path("/")),
             "LANG": "C.UTF-8",
             **agent.settings.environment,
         }

@@ -551,7 +551,8 @@ def _copy_stdlib(minimal: Path, full: Path, destination: Path) -> None:
 def make_ext4(root: Path, image: Path, epoch: int, owners: ext4.Owners | None = None) -> None:
     """Packs `root` into an ext4 image. debugfs says what it could not do, and ends with 0 all the same."""
     options, blocks = ext4.options(root, ROOT_SLACK)
-    run("mke2fs", *options, image, str(blocks))
+    # Also where it copies the superblock, which debugfs does not reach.
+    run("mke2fs", *options, image, str(blocks), added={"E2FSPROGS_FAKE_TIME": str(epoch)})
     script = "".join(f"{command}\n" for command in ext4.commands(root, epoch, owners))
     said = run("debugfs", "-w", "-f", "-", image, stdin=script.encode(), complaints=True)
     wrong = [line for line in said.splitlines() if not line.startswith("debugfs ")]  # its version

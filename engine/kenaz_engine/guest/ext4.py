@@ -39,7 +39,6 @@ def commands(root: Path, epoch: int, owners: Owners | None = None) -> list[str]:
     time `epoch`. Files are 0755 where their owner may execute them, else 0644; `owners` knows others."""
     paths = sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix())
     told = [f"set_current_time @{epoch}"]
-    told += [f"set_super_value {field} @{epoch}" for field in ("mkfs_time", "lastcheck")]
     for path in paths:
         name = _name(path, root)
         if path.is_symlink():
