@@ -1,6 +1,6 @@
 """Throughput and round trip through a real guest, for each transport that this host has. Prints JSON, then
 the table for docs/performance.md. Needs QEMU and the demo image; a transport whose parts are missing is left
-out, and named.
+out, and named. Over TCP the guest is dialled; it is reached by its agent over virtio-serial first.
 
 The guest's agent starts a small program and is then ended; that program takes the channel and does what
 single bytes tell it, so that what is measured is the transport, with Python at both ends, and no protocol.
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from kenaz_engine.channel.framing import MARK
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.relay import Expected, handshake
 from kenaz_engine.channel.transports.hybrid import guest_path
+from kenaz_engine.channel.transports.tcp import reserve_port
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.virtio_serial import listen_serial
 from kenaz_engine.images.catalog import default_cache, find_image
@@ -43,15 +45,22 @@ PATIENCE = 90.0
 ADDRESSES = {
     "virtio-serial": "virtio-serial:dev.kenaz.channel",
     "vhost-user-vsock": f"vsock:2:{PORT}",
+    "tcp": f"listen:{PORT}",
 }
 
 PEER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import agent
+def connected(address):
+    if not address.startswith("listen:"):
+        return agent.open_channel(address)
+    import socket
+    with socket.create_server(("0.0.0.0", int(address[7:]))) as listening:
+        return listening.accept()[0].detach()
 while True:
     try:
-        fd = agent.open_channel(sys.argv[2])
+        fd = connected(sys.argv[2])
         break
     except OSError:
         time.sleep(0.05)
@@ -135,18 +144,21 @@ async def measure(stream: trio.abc.Stream) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def machine_over(transport: str, base: Path) -> AsyncIterator[Any]:
-    """The listener of a machine that runs; None where the host lacks what the transport needs."""
+async def machine_over(transport: str, base: Path) -> AsyncIterator[tuple[Any, Any] | None]:
+    """Where the agent of a machine that runs is accepted, and where its successor is; None where the host
+    lacks what the transport needs."""
     driver = QemuDriver()
     image = find_image("demo", "x86_64", default_cache())
     capabilities = await driver.probe("x86_64", {})
     if transport not in capabilities.transports:
         yield None
         return
-    variables = {"KENAZ_SESSION_ID": "s", "HARNESS_VM_TOKEN": "t", "KENAZ_CHANNEL": ADDRESSES[transport]}
+    tcp = transport == "tcp"
+    first = "virtio-serial" if tcp else transport
+    variables = {"KENAZ_SESSION_ID": "s", "HARNESS_VM_TOKEN": "t", "KENAZ_CHANNEL": ADDRESSES[first]}
     write_config_disk(base / "config", {"kenaz.env": environment_file(variables)})
     await create_disk(base / "root", "qcow2", base=image.root, base_format=image.root_format, size=1 << 30)
-    serial = transport == "virtio-serial"
+    serial = first == "virtio-serial"
     path = str(base / "c") if serial else guest_path(base / "v", PORT)
     request = LaunchRequest(
         session="bench",
@@ -154,13 +166,14 @@ async def machine_over(transport: str, base: Path) -> AsyncIterator[Any]:
         runtime=str(base),
         cpus=1,
         memory=256 << 20,
-        transport=transport,
+        transport=first,
         channel=path,
         port=PORT,
         capabilities=capabilities,
         kernel=str(image.kernel),
         initrd=str(image.initrd),
         cmdline=image.cmdline,
+        network="nat" if tcp else "none",
         disks=(
             Disk("root", str(base / "root"), "qcow2"),
             Disk("config", str(base / "config"), "raw", readonly=True),
@@ -168,6 +181,10 @@ async def machine_over(transport: str, base: Path) -> AsyncIterator[Any]:
     )
     plan = driver.plan(request)
     async with AsyncExitStack() as stack:
+        forwarded = reserve_port()
+        stack.push_async_callback(forwarded.aclose)
+        forward = f"user,id=nat,hostfwd=tcp:127.0.0.1:{forwarded.port}-:{PORT}"  # as for that transport
+        plan = replace(plan, argv=tuple(forward if word == "user,id=nat" else word for word in plan.argv))
         listener = listen_serial(path) if serial else listen_unix(path)
         stack.push_async_callback(listener.aclose)
         for helper in plan.helpers:
@@ -179,7 +196,7 @@ async def machine_over(transport: str, base: Path) -> AsyncIterator[Any]:
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(drain, machine)
         await machine.ready()
-        yield listener
+        yield listener, forwarded if tcp else listener
         nursery.cancel_scope.cancel()
 
 
@@ -196,12 +213,13 @@ async def through(transport: str) -> dict[str, float] | None:
         token="t",
         tools=ToolPolicy([]),
         capabilities=frozenset({"exec"}),
-        one_stream=transport == "virtio-serial",
+        one_stream=transport in ("virtio-serial", "tcp"),
     )
     with tempfile.TemporaryDirectory(prefix="kenaz-") as folder, trio.fail_after(PATIENCE):
-        async with machine_over(transport, Path(folder)) as listener:
-            if listener is None:
+        async with machine_over(transport, Path(folder)) as accepting:
+            if accepting is None:
                 return None
+            listener, successor = accepting
             channel = await handshake((await listener.accept()).stream, expected)
             words = ["sh", "-c", TAKE_OVER, PEER, ADDRESSES[transport]]
             async with trio.open_nursery() as nursery:
@@ -209,11 +227,12 @@ async def through(transport: str) -> dict[str, float] | None:
                 await channel.execute(words, lambda stream, text: None)
                 nursery.cancel_scope.cancel()
             await channel.aclose()
-            # The agent may come once more before it is ended.
-            stream = (await listener.accept()).stream
+            # The agent may come once more before it is ended, and QEMU accepts before the guest listens.
+            stream = (await successor.accept()).stream
             while not await begins(stream, READY):
                 await trio.aclose_forcefully(stream)
-                stream = (await listener.accept()).stream
+                await trio.sleep(0.1)
+                stream = (await successor.accept()).stream
             return await measure(stream)
 
 
@@ -243,11 +262,12 @@ def main() -> int:
             missing.append(transport)
         else:
             found[transport] = figures
-    serial, vhost = found.get("virtio-serial"), found.get("vhost-user-vsock")
+    serial = found.get("virtio-serial", {})
     ratios = {
-        f"vhost-user-vsock/virtio-serial {name}": round(vhost[name] / serial[name], 2)
-        for name in (serial or {})
-        if serial and vhost
+        f"{transport}/virtio-serial {name}": round(found[transport][name] / value, 2)
+        for transport in ("vhost-user-vsock", "tcp")
+        if transport in found
+        for name, value in serial.items()
     }
     print(json.dumps({**found, **ratios, "missing": missing, "trips": TRIPS, "bulk": BULK}, indent=2))
     print(table(found))
