@@ -299,12 +299,15 @@ class LibvirtDriver:
         nat = (
             ("network nat: the guest reaches whatever that host reaches",) if request.network == "nat" else ()
         )
+        # libvirt has no words for QEMU's one thread for all; see the driver qemu.
+        several = capabilities.accelerator == "tcg" and request.cpus > 1 and capabilities.arch == "x86_64"
+        hangs = "several emulated processors: Linux may hang while it boots, once in some hundred times"
         return LaunchPlan(
             driver=self.name,
             argv=(facts.virsh, "-c", facts.uri, "--quiet", owner),
             environment=FIXED | ({MARK: request.mark} if request.mark else {}),
             stdin=build(request, facts),
-            notes=((fallback,) if fallback else ()) + nat,
+            notes=((fallback,) if fallback else ()) + nat + ((hangs,) if several else ()),
             data={
                 "virsh": facts.virsh,
                 "uri": facts.uri,
