@@ -78,7 +78,8 @@ def test_a_raw_image_is_as_large_as_qemu_img_says(tmp_path: Path) -> None:
         (["-o", "compat=0.10,backing_file=base,backing_fmt=raw"], "has a backing file"),
         (["-o", "data_file=other"], "has an external data file"),
         (["-o", "data_file=other,data_file_raw=on"], "has an external data file"),
-        ([*SECRET, "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"], "is encrypted"),
+        # Not LUKS: qemu-img times its key, and fails where the clock of the processor stands still meanwhile.
+        ([*SECRET, "-o", "encrypt.format=aes,encrypt.key-secret=s"], "is encrypted"),
     ],
 )
 def test_what_would_open_another_file_or_needs_a_key_is_refused(
