@@ -47,8 +47,9 @@ from kenaz_drivers.libvirt.virsh import (
     parse_monitor,
 )
 
-MADE_DEADLINE = 30.0
-"""Seconds for libvirt to make the domain. It takes 0.3; a daemon that has just started may take 9."""
+MADE_DEADLINE = 50.0
+"""Seconds for libvirt to make the domain. It takes 0.3; a daemon that has just started may take 9, and on two
+cores with much other work 30 were too few once in some hundred times. The state `booting` has 60."""
 
 HEARD_DEADLINE = 2.0
 """Seconds for the event of a domain that was resumed; without it, its owner did not listen yet."""
@@ -192,9 +193,8 @@ class LibvirtMachine:
                     return
                 await self._call("the domain does not start", f"suspend {self._uuid}")
             return
-        raise DriverError(
-            f"libvirt does not make the domain within {MADE_DEADLINE:g} s", log=self._log.lines()
-        )
+        what = "tell that the domain runs" if self._made else "make the domain"
+        raise DriverError(f"libvirt does not {what} within {MADE_DEADLINE:g} s", log=self._log.lines())
 
     @property
     def _heard(self) -> bool:
