@@ -117,7 +117,7 @@ def test_root_in_the_guest_finds_nothing_of_the_host_and_writes_on_no_disk_but_i
     assert found["looked at"] > 20
     assert found["seen"] == []
     assert found["networks"] == ["lo"]
-    assert {VIRTIO[device] for device in found["devices"]} <= set(VIRTIO.values())
+    assert set(found["devices"]) <= VIRTIO.keys()
     assert not {"9p", "virtiofs", "nfs", "fuse"} & set(found["file systems"])
     token = before.split(b'HARNESS_VM_TOKEN="')[1].split(b'"')[0].decode()
     assert token not in found["command line"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 pytestmark = [
     pytest.mark.usefixtures("qemu"),
     pytest.mark.skipif(
-        not all(map(shutil.which, ("Xvfb", "xwininfo"))), reason="needs apt-get install xvfb x11-utils"
+        not (all(map(shutil.which, ("Xvfb", "xwininfo"))) and any(Path("/usr/lib").glob("*/qemu/ui-gtk.so"))),
+        reason="needs apt-get install xvfb x11-utils qemu-system-gui",
     ),
 ]
 

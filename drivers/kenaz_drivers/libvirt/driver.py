@@ -48,8 +48,9 @@ from kenaz_drivers.libvirt.virsh import (
 )
 
 MADE_DEADLINE = 50.0
-"""Seconds for libvirt to make the domain. It takes 0.3; a daemon that has just started may take 9, and on two
-cores with much other work 30 were too few once in some hundred times. The state `booting` has 60."""
+"""Seconds for libvirt to make the domain. It takes 0.3; a daemon that has just started may take 9. On two
+busy cores it was not done after 30, once in some hundred times, for a reason that is not known. The state
+`booting` has 60."""
 
 HEARD_DEADLINE = 2.0
 """Seconds for the event of a domain that was resumed; without it, its owner did not listen yet."""

@@ -148,8 +148,8 @@ def build(request: LaunchRequest, facts: Facts) -> CommandLine:
         # The device is in another process, which has to see what the guest's queues point to.
         argv += ["-object", f"memory-backend-memfd,id=ram,size={memory},share=on"]
     argv += ["-machine", f"{machine},memory-backend=ram" if shared else machine]
-    patched = _emulated(request) and request.capabilities.arch == "x86_64" and request.cpus > 1
-    argv += ["-accel", _ONE_THREAD if patched else accelerator_option(accelerator)]
+    one_thread = _emulated(request) and request.capabilities.arch == "x86_64" and request.cpus > 1
+    argv += ["-accel", _ONE_THREAD if one_thread else accelerator_option(accelerator)]
     if accelerator in _CPUS:
         emulated = _EMULATED_CPUS if accelerator == "tcg" else {}
         argv += ["-cpu", emulated.get(request.capabilities.arch, _CPUS[accelerator])]

@@ -20,7 +20,7 @@ from kenaz_drivers.vfkit.argv import TRANSPORT
 OLDEST = 14
 """The first macOS that vfkit supports (its doc/supported_platforms.md)."""
 
-_QUESTION_DEADLINE = 30.0  # seconds: it takes 0.03, and on a host that is busy what it takes
+_QUESTION_DEADLINE = 30.0  # seconds, as for QEMU: a host may be busy
 _PLACES = ("/opt/homebrew/bin/vfkit", "/usr/local/bin/vfkit")
 _MEND = "brew install vfkit"
 
