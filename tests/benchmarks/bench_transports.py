@@ -1,6 +1,7 @@
-"""Throughput and round trip through a real guest, for each transport that this host has. Prints JSON, then
-the table for docs/performance.md. Needs QEMU and the demo image; a transport whose parts are missing is left
-out, and named. Over TCP the guest is dialled; it is reached by its agent over virtio-serial first.
+"""Throughput and round trip through a real guest, for each transport that is named, or else that this host
+has. Prints JSON, then the table for docs/performance.md. Needs QEMU and the demo image; a transport whose
+parts are missing is left out, and named. Over TCP the guest is dialled; it is reached by its agent over
+virtio-serial first. On a host without kernel vsock, bench_kernel_vsock.py runs this in a machine that has it.
 
 The guest's agent starts a small program and is then ended; that program takes the channel and does what
 single bytes tell it, so that what is measured is the transport, with Python at both ends, and no protocol.
@@ -9,6 +10,7 @@ Under emulation the guest's side dominates; hence ratios, and the same talk betw
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -34,6 +36,8 @@ from kenaz_engine.channel.transports.hybrid import guest_path
 from kenaz_engine.channel.transports.tcp import reserve_port
 from kenaz_engine.channel.transports.unix import listen_unix
 from kenaz_engine.channel.transports.virtio_serial import listen_serial
+from kenaz_engine.channel.transports.vsock import claim_cid, listen_vsock
+from kenaz_engine.guest.recipe import AGENT
 from kenaz_engine.images.catalog import default_cache, find_image
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
 from kenaz_engine.images.disks import create_disk
@@ -41,9 +45,10 @@ from kenaz_engine.images.disks import create_disk
 TRIPS = int(os.environ.get("KENAZ_BENCH_TRIPS", "1000"))
 BULK = int(os.environ.get("KENAZ_BENCH_BULK", str(16 << 20)))
 PORT = 7881
-PATIENCE = 90.0
+PATIENCE = float(os.environ.get("KENAZ_BENCH_PATIENCE", "90"))
 ADDRESSES = {
     "virtio-serial": "virtio-serial:dev.kenaz.channel",
+    "vsock": f"vsock:2:{PORT}",
     "vhost-user-vsock": f"vsock:2:{PORT}",
     "tcp": f"listen:{PORT}",
 }
@@ -144,12 +149,14 @@ async def measure(stream: trio.abc.Stream) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def machine_over(transport: str, base: Path) -> AsyncIterator[tuple[Any, Any] | None]:
+async def machine_over(
+    transport: str, base: Path, image_named: str, qemu: str
+) -> AsyncIterator[tuple[Any, Any] | None]:
     """Where the agent of a machine that runs is accepted, and where its successor is; None where the host
     lacks what the transport needs."""
     driver = QemuDriver()
-    image = find_image("demo", "x86_64", default_cache())
-    capabilities = await driver.probe("x86_64", {})
+    image = find_image(image_named, "x86_64", default_cache())
+    capabilities = await driver.probe("x86_64", {"binary": qemu} if qemu else {})
     if transport not in capabilities.transports:
         yield None
         return
@@ -158,8 +165,9 @@ async def machine_over(transport: str, base: Path) -> AsyncIterator[tuple[Any, A
     variables = {"KENAZ_SESSION_ID": "s", "HARNESS_VM_TOKEN": "t", "KENAZ_CHANNEL": ADDRESSES[first]}
     write_config_disk(base / "config", {"kenaz.env": environment_file(variables)})
     await create_disk(base / "root", "qcow2", base=image.root, base_format=image.root_format, size=1 << 30)
-    serial = first == "virtio-serial"
-    path = str(base / "c") if serial else guest_path(base / "v", PORT)
+    serial, kernel = first == "virtio-serial", first == "vsock"
+    path = str(base / "c") if serial else "" if kernel else guest_path(base / "v", PORT)
+    claim = claim_cid() if kernel else None
     request = LaunchRequest(
         session="bench",
         directory=str(base),
@@ -173,6 +181,7 @@ async def machine_over(transport: str, base: Path) -> AsyncIterator[tuple[Any, A
         kernel=str(image.kernel),
         initrd=str(image.initrd),
         cmdline=image.cmdline,
+        cid=claim.cid if claim else None,
         network="nat" if tcp else "none",
         disks=(
             Disk("root", str(base / "root"), "qcow2"),
@@ -185,14 +194,19 @@ async def machine_over(transport: str, base: Path) -> AsyncIterator[tuple[Any, A
         stack.push_async_callback(forwarded.aclose)
         forward = f"user,id=nat,hostfwd=tcp:127.0.0.1:{forwarded.port}-:{PORT}"  # as for that transport
         plan = replace(plan, argv=tuple(forward if word == "user,id=nat" else word for word in plan.argv))
-        listener = listen_serial(path) if serial else listen_unix(path)
+        listener: Any
+        if claim:
+            listener = listen_vsock(PORT, cid=claim.cid)
+        else:
+            listener = listen_serial(path) if serial else listen_unix(path)
         stack.push_async_callback(listener.aclose)
         for helper in plan.helpers:
             child = spawn(helper.argv, env=helper.environment)
             stack.push_async_callback(child.end)
             while not all(Path(socket).exists() for socket in helper.sockets):
                 await trio.sleep(0.01)
-        machine = await stack.enter_async_context(driver.launch(plan, {}))
+        given = {"vhost-vsock": claim.file} if claim else {}
+        machine = await stack.enter_async_context(driver.launch(plan, given))
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(drain, machine)
         await machine.ready()
@@ -206,7 +220,7 @@ async def drain(machine: Machine) -> None:
         pass
 
 
-async def through(transport: str) -> dict[str, float] | None:
+async def through(transport: str, image: str, qemu: str) -> dict[str, float] | None:
     """The figures of one transport."""
     expected = Expected(
         session="s",
@@ -216,7 +230,7 @@ async def through(transport: str) -> dict[str, float] | None:
         one_stream=transport in ("virtio-serial", "tcp"),
     )
     with tempfile.TemporaryDirectory(prefix="kenaz-") as folder, trio.fail_after(PATIENCE):
-        async with machine_over(transport, Path(folder)) as accepting:
+        async with machine_over(transport, Path(folder), image, qemu) as accepting:
             if accepting is None:
                 return None
             listener, successor = accepting
@@ -240,8 +254,7 @@ async def locally() -> dict[str, float]:
     """The same talk with the same program, as a process of this host."""
     with tempfile.TemporaryDirectory(prefix="kenaz-") as folder:
         listener = listen_unix(Path(folder, "c"))
-        agent = Path(__file__).parents[2] / "engine/kenaz_engine/guest"
-        command = [sys.executable, "-c", PEER, str(agent), f"unix:{folder}/c"]
+        command = [sys.executable, "-c", PEER, str(AGENT.parent), f"unix:{folder}/c"]
         with subprocess.Popen(command) as peer:
             stream = (await listener.accept()).stream
             assert await begins(stream, READY)
@@ -254,10 +267,15 @@ async def locally() -> dict[str, float]:
 
 def main() -> int:
     """Measures and prints. There is no bound: what it takes is the hypervisor's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("transports", metavar="TRANSPORT", nargs="*", default=list(ADDRESSES))
+    parser.add_argument("--image", default="demo")
+    parser.add_argument("--qemu", default="", help="the program, unless it is the one of the search path")
+    wanted = parser.parse_args()
     found: dict[str, Any] = {"unix, no guest": trio.run(locally)}
     missing = []
-    for transport in ADDRESSES:
-        figures = trio.run(through, transport)
+    for transport in wanted.transports:
+        figures = trio.run(through, transport, wanted.image, wanted.qemu)
         if figures is None:
             missing.append(transport)
         else:
@@ -265,8 +283,8 @@ def main() -> int:
     serial = found.get("virtio-serial", {})
     ratios = {
         f"{transport}/virtio-serial {name}": round(found[transport][name] / value, 2)
-        for transport in ("vhost-user-vsock", "tcp")
-        if transport in found
+        for transport in found
+        if transport in ADDRESSES and transport != "virtio-serial"
         for name, value in serial.items()
     }
     print(json.dumps({**found, **ratios, "missing": missing, "trips": TRIPS, "bulk": BULK}, indent=2))
