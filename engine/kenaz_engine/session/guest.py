@@ -6,12 +6,13 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
+from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Content, Disk, LaunchRequest, Placing
 from kenaz_engine.channel.transports.hybrid import guest_path
 from kenaz_engine.images.builds import Build
 from kenaz_engine.images.manifest import Image
@@ -20,6 +21,9 @@ from kenaz_engine.session.prepared import Prepared
 
 ENVIRONMENT_FILE = "kenaz.env"
 """The file on the config disk; systemd's EnvironmentFile syntax."""
+
+MADE_THERE = "volume"
+"""The format of a root disk that the driver makes on another host."""
 
 _CONNECTOR = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
@@ -139,6 +143,35 @@ def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple
     return (sys.executable, "-I", str(agent), "--env", str(config), "--root", str(root))
 
 
+def contents_of(image: Image, build: Build | None) -> dict[str, Content]:
+    """The files that a machine needs and never changes, by what they are for."""
+    contents = {name: Content(str(part.path), part.sha256) for name, part in image.parts.items()}
+    if build is not None:
+        contents["workbench"] = Content(str(build.path), build.digest.removeprefix("sha256:"))
+    return contents
+
+
+def _there(prepared: Prepared, path: Path, digest: str) -> str:
+    """The path that a file of ours has on the host of the machine."""
+    if prepared.capabilities.elsewhere and isinstance(prepared.driver, Placing):
+        return prepared.driver.placed(prepared.capabilities, digest)
+    return str(path)
+
+
+def _part(image: Image | None, name: str, there: Callable[[Path, str], str]) -> str:
+    part = image.parts.get(name) if image else None
+    return there(part.path, part.sha256) if part else ""
+
+
+def _root(
+    layout: Layout, disk_format: str, image: Image | None, size: int, there: Callable[[Path, str], str]
+) -> Disk:
+    if disk_format != MADE_THERE or image is None:
+        return Disk("root", str(layout.disk("root", disk_format)), disk_format)
+    base = _part(image, "root", there)
+    return Disk("root", "", disk_format, base=base, base_format=image.root_format, size=size)
+
+
 def launch_request(
     prepared: Prepared,
     layout: Layout,
@@ -152,7 +185,11 @@ def launch_request(
     `forward` is a port of 127.0.0.1, 0 until there is one."""
     resolved = prepared.resolved
     root, config = disk_formats(prepared, image)
-    workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
+    there = partial(_there, prepared)
+    workbench = None
+    if image and build:
+        path = there(build.path, build.digest.removeprefix("sha256:"))
+        workbench = Disk("workbench", path, "raw", readonly=True)
     return LaunchRequest(
         session=resolved.id,
         directory=str(layout.directory),
@@ -163,11 +200,11 @@ def launch_request(
         channel=layout.listening(prepared.transport, resolved.channel.port),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
-        kernel=str(image.kernel) if image and image.kernel else "",
-        initrd=str(image.initrd) if image and image.initrd else "",
+        kernel=_part(image, "kernel", there),
+        initrd=_part(image, "initrd", there),
         cmdline=image.cmdline if image else "",
         disks=(
-            Disk("root", str(layout.disk("root", root)), root),
+            _root(layout, root, image, resolved.machine.disk, there),
             Disk("config", str(layout.disk("config", config)), config, readonly=True),
             *((workbench,) if workbench else ()),
         ),
