@@ -101,20 +101,20 @@ def command(directory: Path, kind: str, port: int) -> tuple[list[str], dict[str,
     accounts = ACCOUNTS
     steps, unshare = "", ["unshare", "--mount"]
     if kind == "elsewhere":
-        own_config = (
-            "".join(line for line in QEMU_CONFIG.splitlines(True) if line.split()[0] not in THERE) + THERE
-        )
+        kept = [line for line in QEMU_CONFIG.splitlines(keepends=True) if line.split()[0] not in THERE]
+        own_config = "".join(kept) + THERE
         accounts = {file: more.replace("x:0:", f"x:{USER}:") for file, more in ACCOUNTS.items()}
         config.rename(directory / "etc/libvirtd.conf")
         (directory / "run/sshd").mkdir(mode=0o755)
         unshare += ["--uts"]
-        hidden = {
-            Path(tempfile.gettempdir()),
-            Path.home(),
-            *map(Path, filter(None, map(os.environ.get, OURS))),
-        }
-        steps = "".join(f"mount -t tmpfs none '{path}' && " for path in hidden if path.is_dir())
-        steps += f"hostname {HOSTNAME} && "
+        named = [os.environ[name] for name in OURS if name in os.environ]
+        hidden = {Path(tempfile.gettempdir()), Path.home(), *map(Path, named)}
+        # libvirt looks at QEMU anew for each domain where root may open it, and QEMU's user not.
+        (directory / "no-kvm").touch(mode=0o600)
+        steps = (
+            f"{{ [ ! -e /dev/kvm ] || mount --bind {directory}/no-kvm /dev/kvm; }} && hostname {HOSTNAME} && "
+        )
+        steps += "".join(f"mount -t tmpfs none '{path}' && " for path in hidden if path.is_dir())
     (directory / "etc/qemu.conf").write_text(own_config)
     for file, more in accounts.items():
         (directory / Path(file).name).write_text(Path(file).read_text() + more)

@@ -12,23 +12,23 @@ the pool under that name, and says how far it is, FILE by its number: `FILE BYTE
 where somebody else brings it.
 
 virsh has no command for a channel, and its `console` wants a terminal. So this is the C library that virsh
-itself is made of, whose calls are promised to stay as they are. They block: here nobody minds, for each
-stream has a process and a connection of its own, so that one who does not read holds up nobody else, and
-what he does not read stays with who wrote it. Facts: libvirt-host.h, libvirt-storage.h, libvirt-stream.h
-and virterror.h of 9.0.
+itself is made of, whose calls are promised to stay as they are. Some block: here nobody minds, for each
+stream has a process and a connection of its own, so that one who does not read holds up nobody else. Facts:
+libvirt-host.h, libvirt-storage.h, libvirt-stream.h, libvirt-event.h and virterror.h of 9.0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import select
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 LIBRARY = "libvirt.so.0"
 
@@ -40,6 +40,9 @@ GAP = 4 << 20
 
 POLL = 1.0
 """Seconds between two looks whether somebody else is done with a file."""
+
+HELD = 4 << 20
+"""Bytes for our side that are held before libvirt is left to itself."""
 
 # virErrorNumber.
 _OPERATION_INVALID = 55
@@ -181,55 +184,75 @@ def extents(file: int, size: int) -> Iterator[tuple[int, int]]:
 # --- libvirt ------------------------------------------------------------------------------------------------
 
 _P, _S, _U, _L = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_ulonglong
+_I = ctypes.c_int
 _HANDLER = ctypes.CFUNCTYPE(None, _P, _P)
+_ON_HANDLE = ctypes.CFUNCTYPE(None, _I, _I, _I, _P)
+_ON_STREAM = ctypes.CFUNCTYPE(None, _P, _I, _P)
+
+# virEventHandleType and virStreamEventType have the same numbers. The last are errors and the end.
+_READABLE, _WRITABLE, _ERRORS = 1, 2, 4 | 8
+
+_NONBLOCK = 1
+"""Of virStreamFlags. A call that would block then returns -2."""
+
+_WOULD_BLOCK = -2
 
 _CALLS: dict[str, tuple[Any, ...]] = {
     "virConnectOpen": (_P, _S),
     "virDomainLookupByUUIDString": (_P, _P, _S),
-    "virDomainOpenChannel": (ctypes.c_int, _P, _S, _P, _U),
-    "virDomainOpenConsole": (ctypes.c_int, _P, _S, _P, _U),
-    "virGetLastErrorCode": (ctypes.c_int,),
+    "virDomainOpenChannel": (_I, _P, _S, _P, _U),
+    "virDomainOpenConsole": (_I, _P, _S, _P, _U),
+    "virEventAddHandle": (_I, _I, _I, _ON_HANDLE, _P, _P),
+    "virEventRegisterDefaultImpl": (_I,),
+    "virEventRunDefaultImpl": (_I,),
+    "virEventUpdateHandle": (None, _I, _I),
+    "virGetLastErrorCode": (_I,),
     "virGetLastErrorMessage": (_S,),
     "virSetErrorFunc": (None, _P, _HANDLER),
     "virStoragePoolLookupByName": (_P, _P, _S),
     "virStorageVolCreateXML": (_P, _P, _S, _U),
-    "virStorageVolDelete": (ctypes.c_int, _P, _U),
-    "virStorageVolDownload": (ctypes.c_int, _P, _P, _L, _L, _U),
+    "virStorageVolDelete": (_I, _P, _U),
+    "virStorageVolDownload": (_I, _P, _P, _L, _L, _U),
     "virStorageVolLookupByName": (_P, _P, _S),
-    "virStorageVolUpload": (ctypes.c_int, _P, _P, _L, _L, _U),
-    "virStreamAbort": (ctypes.c_int, _P),
-    "virStreamFinish": (ctypes.c_int, _P),
-    "virStreamFree": (ctypes.c_int, _P),
+    "virStorageVolUpload": (_I, _P, _P, _L, _L, _U),
+    "virStreamAbort": (_I, _P),
+    "virStreamEventAddCallback": (_I, _P, _I, _ON_STREAM, _P, _P),
+    "virStreamEventUpdateCallback": (_I, _P, _I),
+    "virStreamFinish": (_I, _P),
+    "virStreamFree": (_I, _P),
     "virStreamNew": (_P, _P, _U),
-    "virStreamRecv": (ctypes.c_int, _P, _P, ctypes.c_size_t),
-    "virStreamSend": (ctypes.c_int, _P, _S, ctypes.c_size_t),
+    "virStreamRecv": (_I, _P, _P, ctypes.c_size_t),
+    "virStreamSend": (_I, _P, _S, ctypes.c_size_t),
 }
 
 
 class Connection:
     """A connection to a libvirt. Its calls block, and let other threads run meanwhile."""
 
-    def __init__(self, uri: str, library: Any) -> None:
+    def __init__(self, uri: str, library: Any, *, events: bool = False) -> None:
         for name, (result, *arguments) in _CALLS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-        self._library = library
+        self.library = library
+        self._buffer = ctypes.create_string_buffer(PIECE)
         # Otherwise it prints each error besides.
         self._silent = _HANDLER(lambda data, error: None)
         library.virSetErrorFunc(None, self._silent)
+        if events:
+            self.call("virEventRegisterDefaultImpl")
         self._connection = self.call("virConnectOpen", uri.encode())
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Raises Failed where libvirt says that it failed: no pointer, or a negative number."""
-        result = getattr(self._library, name)(*arguments)
-        if (result is None) if _CALLS[name][0] is _P else result < 0:
-            said = self._library.virGetLastErrorMessage()
-            raise Failed(said.decode("utf-8", "replace"), self._library.virGetLastErrorCode())
+        result = getattr(self.library, name)(*arguments)
+        if (result is None) if _CALLS[name][0] is _P else result < 0 and result != _WOULD_BLOCK:
+            said = self.library.virGetLastErrorMessage()
+            raise Failed(said.decode("utf-8", "replace"), self.library.virGetLastErrorCode())
         return result
 
-    def stream(self) -> Any:
+    def stream(self, flags: int = 0) -> Any:
         """A stream that is not used yet."""
-        return self.call("virStreamNew", self._connection, 0)
+        return self.call("virStreamNew", self._connection, flags)
 
     def domain(self, uuid: str) -> Any:
         """The domain of that UUID."""
@@ -239,15 +262,15 @@ class Connection:
         """The pool of that name."""
         return Pool(self, self.call("virStoragePoolLookupByName", self._connection, name.encode()))
 
-    def receive(self, stream: Any, buffer: ctypes.Array[ctypes.c_char]) -> bytes:
-        """What comes next; empty at the end."""
-        length = self.call("virStreamRecv", stream, buffer, len(buffer))
-        return ctypes.string_at(buffer, length)
+    def receive(self, stream: Any) -> bytes | None:
+        """What comes next; empty at the end. None where it would have to be waited for."""
+        length = self.call("virStreamRecv", stream, self._buffer, PIECE)
+        return None if length == _WOULD_BLOCK else ctypes.string_at(self._buffer, length)
 
-    def send(self, stream: Any, data: bytes) -> None:
-        """Sends all of it."""
-        while data:
-            data = data[self.call("virStreamSend", stream, data, len(data)) :]
+    def send(self, stream: Any, data: bytes) -> int | None:
+        """How much of it was sent. None where it would have to be waited for."""
+        sent: int = self.call("virStreamSend", stream, data, len(data))
+        return None if sent == _WOULD_BLOCK else sent
 
 
 class Pool:
@@ -272,9 +295,8 @@ class Pool:
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         stream = self._open("virStorageVolDownload", name, offset, length)
-        buffer = ctypes.create_string_buffer(length)
         data = b""
-        while more := self._connection.receive(stream, buffer):
+        while more := self._connection.receive(stream):
             data += more
         self._end(stream)
         return data
@@ -282,7 +304,8 @@ class Pool:
     def write(self, name: str, offset: int, length: int, pieces: Iterator[bytes]) -> None:
         stream = self._open("virStorageVolUpload", name, offset, length)
         for data in pieces:
-            self._connection.send(stream, data)
+            while data:
+                data = data[self._connection.send(stream, data) :]
         self._end(stream)
 
     def delete(self, name: str) -> None:
@@ -312,18 +335,96 @@ class Pool:
 # --- console and channel ------------------------------------------------------------------------------------
 
 
-def carry(connection: Connection, kind: str, uuid: str, path: str) -> NoReturn:
+class Carrier:
+    """Joins a stream of libvirt with a socket of ours, in libvirt's own event loop.
+
+    One thread: of two that use a connection of libvirt 9.0 at once, one may wait for ever. What our side does
+    not take is held back where it comes from, once there is more than HELD of it: libvirt then reads no more.
+    """
+
+    def __init__(self, connection: Connection, stream: Any, near: socket.socket) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._near = near
+        self._to_near = bytearray()
+        self._to_far = b""
+        self._over = False
+        self._failure: Exception | None = None
+        self._callbacks = _ON_STREAM(self._on_stream), _ON_HANDLE(self._on_near)
+        near.setblocking(False)
+        call = connection.call
+        call("virStreamEventAddCallback", stream, _READABLE | _ERRORS, self._callbacks[0], None, None)
+        self._watch = call("virEventAddHandle", near.fileno(), _READABLE, self._callbacks[1], None, None)
+
+    def run(self) -> None:
+        """Returns when one side has ended and all that it had said was handed on. Raises Failed, OSError."""
+        while not self._over:
+            if len(self._to_near) > HELD:
+                ready = select.select([] if self._to_far else [self._near], [self._near], [])
+                self._on_near(0, 0, _READABLE * bool(ready[0]) | _WRITABLE * bool(ready[1]), None)
+            else:
+                self._connection.call("virEventRunDefaultImpl")
+            if self._failure is not None:
+                raise self._failure
+        self._near.setblocking(True)
+        self._near.sendall(self._to_near)
+
+    def _on_stream(self, stream: Any, events: int, data: Any) -> None:
+        with self._noting():
+            if events & _WRITABLE:
+                self._send()
+            while len(self._to_near) <= HELD and (got := self._receive()) is not None:
+                self._over = self._over or not got
+                self._to_near += got
+                if not got:
+                    break
+            self._flush()
+
+    def _on_near(self, watch: int, file: int, events: int, data: Any) -> None:
+        with self._noting():
+            if events & (_READABLE | _ERRORS) and not self._to_far:
+                self._to_far = self._near.recv(PIECE)
+                self._over = not self._to_far
+                self._send()
+            self._flush()
+
+    def _receive(self) -> bytes | None:
+        """What has come; empty at the end, None where nothing has."""
+        return self._connection.receive(self._stream)
+
+    def _send(self) -> None:
+        while self._to_far and (sent := self._connection.send(self._stream, self._to_far)) is not None:
+            self._to_far = self._to_far[sent:]
+
+    def _flush(self) -> None:
+        """Hands on what our side takes, and asks for what is waited for."""
+        with contextlib.suppress(BlockingIOError):
+            while self._to_near:
+                del self._to_near[: self._near.send(self._to_near)]
+        library = self._connection.library
+        near = (_WRITABLE if self._to_near else 0) | (0 if self._to_far else _READABLE)
+        library.virEventUpdateHandle(self._watch, near)
+        far = _READABLE | _ERRORS | (_WRITABLE if self._to_far else 0)
+        self._connection.call("virStreamEventUpdateCallback", self._stream, far)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What is raised within a call of libvirt's is lost."""
+        try:
+            yield
+        except (Failed, OSError) as error:
+            self._failure = error
+
+
+def carry(connection: Connection, kind: str, uuid: str, path: str) -> None:
     """Joins the domain's console or channel with that socket, until one of them ends."""
-    stream = connection.stream()
-    domain = connection.domain(uuid)
-    if kind == "console":
-        connection.call("virDomainOpenConsole", domain, None, stream, 0)
-    else:
-        connection.call("virDomainOpenChannel", domain, None, stream, 0)
-    near = _dial(path)
-    say("open")
-    threading.Thread(target=_until_end, args=(_here, connection, stream, near), daemon=True).start()
-    _until_end(_there, connection, stream, near)
+    stream = connection.stream(_NONBLOCK)
+    opening = "virDomainOpenConsole" if kind == "console" else "virDomainOpenChannel"
+    connection.call(opening, connection.domain(uuid), None, stream, 0)
+    with _dial(path) as near:
+        carrier = Carrier(connection, stream, near)
+        say("open")
+        carrier.run()
 
 
 if sys.platform == "win32":
@@ -337,29 +438,6 @@ else:
         dialled = socket.socket(socket.AF_UNIX)
         dialled.connect(path)
         return dialled
-
-
-def _here(connection: Connection, stream: Any, near: socket.socket) -> None:
-    while data := near.recv(PIECE):
-        connection.send(stream, data)
-
-
-def _there(connection: Connection, stream: Any, near: socket.socket) -> None:
-    buffer = ctypes.create_string_buffer(PIECE)
-    while data := connection.receive(stream, buffer):
-        near.sendall(data)
-
-
-def _until_end(pump: Callable[..., None], *what: Any) -> NoReturn:
-    """Where one direction ends the other is of no use, and waits in a call that nothing else would end."""
-    code = 0
-    try:
-        pump(*what)
-    except (Failed, OSError) as error:
-        print(error, file=sys.stderr, flush=True)
-        code = 1
-    finally:
-        os._exit(code)
 
 
 # --- the program --------------------------------------------------------------------------------------------
@@ -391,10 +469,11 @@ def main(words: list[str]) -> int:
         if not words:
             return 0
         uri, what, *rest = words
-        connection = Connection(uri, library)
-        if what != "upload":
-            carry(connection, what, *rest)
-        upload(connection.pool(rest[0]), list(zip(rest[1::2], rest[2::2], strict=True)))
+        if what == "upload":
+            pairs = list(zip(rest[1::2], rest[2::2], strict=True))
+            upload(Connection(uri, library).pool(rest[0]), pairs)
+        else:
+            carry(Connection(uri, library, events=True), what, *rest)
     except (Failed, OSError) as error:
         print(error, file=sys.stderr)
         return 1
