@@ -157,7 +157,9 @@ def test_the_image_goes_there_once_and_two_at_once_are_no_trouble(
     remove()
 
 
-@pytest.mark.parametrize("state", ["resolving", pytest.param("booting", marks=pytest.mark.slow), "connecting"])
+@pytest.mark.parametrize(
+    "state", ["resolving", pytest.param("booting", marks=pytest.mark.slow), "connecting"]
+)
 def test_of_a_killed_launcher_reap_leaves_nothing_there(
     world: Any, options: Options, elsewhere_libvirtd: Any, state: str
 ) -> None:
@@ -339,7 +341,11 @@ def ssh_uri(elsewhere_libvirtd: Any, tmp_path: Path) -> Iterator[str]:
             assert running.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield f"qemu+ssh://root@127.0.0.1:{port}/system?keyfile={tmp_path}/user&no_verify=1"
+        known, ssh = tmp_path / "known_hosts", tmp_path / "ssh"
+        known.write_text(f"[127.0.0.1]:{port} {(tmp_path / 'host.pub').read_text()}")
+        ssh.write_text(f'#!/bin/sh\nexec ssh -o UserKnownHostsFile={known} "$@"\n')
+        ssh.chmod(0o755)
+        yield f"qemu+ssh://root@127.0.0.1:{port}/system?keyfile={tmp_path}/user&command={ssh}"
         running.terminate()
 
 

@@ -44,6 +44,9 @@ POLL = 1.0
 HELD = 4 << 20
 """Bytes for our side that are held before libvirt is left to itself."""
 
+_TRY = 0.02
+"""Seconds after which what libvirt did not take is tried again, while nothing may be read from it."""
+
 # virErrorNumber.
 _OPERATION_INVALID = 55
 _NO_STORAGE_VOL = 50
@@ -360,14 +363,21 @@ class Carrier:
         """Returns when one side has ended and all that it had said was handed on. Raises Failed, OSError."""
         while not self._over:
             if len(self._to_near) > HELD:
-                ready = select.select([] if self._to_far else [self._near], [self._near], [])
-                self._on_near(0, 0, _READABLE * bool(ready[0]) | _WRITABLE * bool(ready[1]), None)
+                self._wait_for_near()
             else:
                 self._connection.call("virEventRunDefaultImpl")
             if self._failure is not None:
                 raise self._failure
         self._near.setblocking(True)
         self._near.sendall(self._to_near)
+
+    def _wait_for_near(self) -> None:
+        """Our side alone, for libvirt would read on. What it did not take is tried again."""
+        reads = [] if self._to_far else [self._near]
+        ready = select.select(reads, [self._near], [], _TRY if self._to_far else None)
+        with self._noting():
+            self._send()
+        self._on_near(0, 0, _READABLE * bool(ready[0]) | _WRITABLE * bool(ready[1]), None)
 
     def _on_stream(self, stream: Any, events: int, data: Any) -> None:
         with self._noting():

@@ -6,9 +6,8 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -151,25 +150,28 @@ def contents_of(image: Image, build: Build | None) -> dict[str, Content]:
     return contents
 
 
-def _there(prepared: Prepared, path: Path, digest: str) -> str:
-    """The path that a file of ours has on the host of the machine."""
-    if prepared.capabilities.elsewhere and isinstance(prepared.driver, Placing):
-        return prepared.driver.placed(prepared.capabilities, digest)
-    return str(path)
+def _moved(request: LaunchRequest, prepared: Prepared, image: Image, build: Build | None) -> LaunchRequest:
+    """The same for a driver whose machine is on another host: what never changes has the path that it has
+    there, and the root disk is the driver's to make."""
+    driver, size = prepared.driver, prepared.resolved.machine.disk
+    assert isinstance(driver, Placing)
+    there = {
+        name: driver.placed(prepared.capabilities, content.digest)
+        for name, content in contents_of(image, build).items()
+    }
 
+    def moved(disk: Disk) -> Disk:
+        if disk.role == "root":
+            base = there["root"]
+            return Disk("root", "", MADE_THERE, base=base, base_format=image.root_format, size=size)
+        return replace(disk, path=there["workbench"]) if disk.role == "workbench" else disk
 
-def _part(image: Image | None, name: str, there: Callable[[Path, str], str]) -> str:
-    part = image.parts.get(name) if image else None
-    return there(part.path, part.sha256) if part else ""
-
-
-def _root(
-    layout: Layout, disk_format: str, image: Image | None, size: int, there: Callable[[Path, str], str]
-) -> Disk:
-    if disk_format != MADE_THERE or image is None:
-        return Disk("root", str(layout.disk("root", disk_format)), disk_format)
-    base = _part(image, "root", there)
-    return Disk("root", "", disk_format, base=base, base_format=image.root_format, size=size)
+    return replace(
+        request,
+        kernel=there.get("kernel", ""),
+        initrd=there.get("initrd", ""),
+        disks=tuple(map(moved, request.disks)),
+    )
 
 
 def launch_request(
@@ -185,12 +187,8 @@ def launch_request(
     `forward` is a port of 127.0.0.1, 0 until there is one."""
     resolved = prepared.resolved
     root, config = disk_formats(prepared, image)
-    there = partial(_there, prepared)
-    workbench = None
-    if image and build:
-        path = there(build.path, build.digest.removeprefix("sha256:"))
-        workbench = Disk("workbench", path, "raw", readonly=True)
-    return LaunchRequest(
+    workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
+    request = LaunchRequest(
         session=resolved.id,
         directory=str(layout.directory),
         runtime=str(layout.sockets),
@@ -200,11 +198,11 @@ def launch_request(
         channel=layout.listening(prepared.transport, resolved.channel.port),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
-        kernel=_part(image, "kernel", there),
-        initrd=_part(image, "initrd", there),
+        kernel=str(image.kernel) if image and image.kernel else "",
+        initrd=str(image.initrd) if image and image.initrd else "",
         cmdline=image.cmdline if image else "",
         disks=(
-            _root(layout, root, image, resolved.machine.disk, there),
+            Disk("root", str(layout.disk("root", root)), root),
             Disk("config", str(layout.disk("config", config)), config, readonly=True),
             *((workbench,) if workbench else ()),
         ),
@@ -216,3 +214,4 @@ def launch_request(
         mark=layout.mark,
         options=resolved.driver_options.get(prepared.driver.name, {}),
     )
+    return _moved(request, prepared, image, build) if image and prepared.capabilities.elsewhere else request
