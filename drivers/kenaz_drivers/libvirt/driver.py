@@ -75,7 +75,7 @@ DRAIN_GRACE = 1.0
 TERM_GRACE = 0.5
 
 CARRIER_MEMORY = 256 << 20
-"""Bytes that a carrier may take, whatever a guest sends that does not read. It takes 60 MB."""
+"""Bytes of data that a carrier may have, whatever a guest sends that does not read. It has 10 MB."""
 
 
 class LibvirtMachine:
