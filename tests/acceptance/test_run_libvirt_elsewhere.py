@@ -140,6 +140,9 @@ def test_the_image_goes_there_once_and_two_at_once_are_no_trouble(
 ) -> None:
     remove = pool_of_its_own(elsewhere_libvirtd, "fresh")
     options = options_for(elsewhere_libvirtd.uri, "fresh")
+    # An upload of the root disk has broken off before.
+    root = find_image("demo", "x86_64", default_cache()).parts["root"]
+    elsewhere_libvirtd.virsh("vol-create-as", "fresh", f"kenaz-{root.sha256}", str(root.size))
     made = [worlds() for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
         ran = list(

@@ -2,7 +2,8 @@
 
 One virsh owns the domain: it makes it, paused and tied to its own connection (`--autodestroy`), and then
 tells of its events. It is a child of ours that dies with us, and libvirt ends the domain when that connection
-goes: so a machine does not outlive its launcher.
+goes: so a machine does not outlive its launcher. Where the URI leads to another host, the disks are volumes
+there (`elsewhere`), and a program for each carries console and channel (`streams`).
 """
 
 from __future__ import annotations
@@ -397,10 +398,7 @@ class LibvirtDriver:
         return placed(Facts.from_json(capabilities.data["facts"]), digest)
 
     async def place(
-        self,
-        capabilities: Capabilities,
-        contents: Sequence[Content],
-        told: elsewhere.Told,
+        self, capabilities: Capabilities, contents: Sequence[Content], told: elsewhere.Told
     ) -> None:
         await elsewhere.place(Facts.from_json(capabilities.data["facts"]), contents, told)
 

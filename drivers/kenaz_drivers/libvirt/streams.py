@@ -218,7 +218,6 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "virStorageVolDownload": (_I, _P, _P, _L, _L, _U),
     "virStorageVolLookupByName": (_P, _P, _S),
     "virStorageVolUpload": (_I, _P, _P, _L, _L, _U),
-    "virStreamAbort": (_I, _P),
     "virStreamEventAddCallback": (_I, _P, _I, _ON_STREAM, _P, _P),
     "virStreamEventUpdateCallback": (_I, _P, _I),
     "virStreamFinish": (_I, _P),
@@ -321,9 +320,9 @@ class Pool:
         return self._connection.call("virStorageVolLookupByName", self._pool, name.encode())
 
     def _open(self, what: str, name: str, offset: int, length: int) -> Any:
-        stream = self._connection.stream()
+        stream, volume = self._connection.stream(), self._volume(name)
         try:
-            self._connection.call(what, self._volume(name), stream, offset, length, 0)
+            self._connection.call(what, volume, stream, offset, length, 0)
         except Failed as error:
             if error.code == _OPERATION_INVALID:
                 raise Busy from None
