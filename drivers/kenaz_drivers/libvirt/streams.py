@@ -165,23 +165,24 @@ def _piece(file: int, at: int, length: int = PIECE) -> bytes:
 
 
 def extents(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where the file holds data, with holes that are not worth being left out."""
+    """Where the file holds data, with holes that are not worth being left out; all of it where the platform
+    does not tell."""
     if sys.platform == "win32" or not hasattr(os, "SEEK_DATA"):
         yield 0, size
-        return
-    begun, reached = -1, 0
-    while reached < size:
-        try:
-            start = os.lseek(file, reached, os.SEEK_DATA)
-        except OSError:  # holes up to the end
-            break
-        end = os.lseek(file, start, os.SEEK_HOLE)
-        if begun >= 0 and start - reached > GAP:
+    else:
+        begun, reached = -1, 0
+        while reached < size:
+            try:
+                start = os.lseek(file, reached, os.SEEK_DATA)
+            except OSError:  # holes up to the end
+                break
+            end = os.lseek(file, start, os.SEEK_HOLE)
+            if begun >= 0 and start - reached > GAP:
+                yield begun, reached
+                begun = -1
+            begun, reached = (start if begun < 0 else begun), end
+        if begun >= 0:
             yield begun, reached
-            begun = -1
-        begun, reached = (start if begun < 0 else begun), end
-    if begun >= 0:
-        yield begun, reached
 
 
 # --- libvirt ------------------------------------------------------------------------------------------------
