@@ -398,7 +398,7 @@ async def test_another_host_is_not_taken_unasked_nor_without_the_library(virsh, 
     assert "needs libvirt's library" in found.reasons[0].text
 
 
-async def test_a_host_of_the_same_name_is_here_only_if_it_tells_our_files_apart(virsh):
+async def test_a_host_of_the_same_name_is_here_only_if_it_tells_our_files_apart(virsh, monkeypatch):
     same = 'case "$*" in *emulatorbin*) echo "error: Cannot check QEMU binary $8";; esac'
     seen = 'case "$*" in *-not) echo "error: $8: no such file";; *) echo "error: $8: not executable";; esac'
     virsh(answer=same)
@@ -407,6 +407,9 @@ async def test_a_host_of_the_same_name_is_here_only_if_it_tells_our_files_apart(
     assert not await elsewhere.is_here("virsh", "qemu:///system", "another")
     virsh(answer=seen)
     assert await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
+    monkeypatch.setattr(elsewhere.tempfile, "tempdir", "/nowhere")
+    with pytest.raises(DriverError, match="cannot be found out"):
+        await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
 
 
 async def test_volumes_are_deleted_until_none_is_listed(virsh, tmp_path):

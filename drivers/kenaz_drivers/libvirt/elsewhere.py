@@ -46,14 +46,17 @@ async def is_here(virsh: str, uri: str, host: str) -> bool:
 
     Another name is another host. The same name proves nothing across a network, for many hosts are called
     `localhost`: there libvirt is asked what it makes of a file that was made just now, and of one that never
-    was. Who cannot tell them apart is elsewhere.
+    was. Who cannot tell them apart is elsewhere. Raises DriverError when no file can be made.
     """
     if host.split(".", maxsplit=1)[0] != platform.node().split(".")[0]:
         return False
     if not urlsplit(uri).hostname:
         return True  # a UNIX socket
-    with tempfile.NamedTemporaryFile(prefix=PREFIX) as file:
-        told = [await _told(virsh, uri, path) for path in (file.name, f"{file.name}-not")]
+    try:
+        with tempfile.NamedTemporaryFile(prefix=PREFIX) as file:
+            told = [await _told(virsh, uri, path) for path in (file.name, f"{file.name}-not")]
+    except OSError as error:
+        raise DriverError(f"whether {uri} leads to this host cannot be found out: {error}") from error
     return told[0] != told[1]
 
 
