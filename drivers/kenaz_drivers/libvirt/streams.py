@@ -47,6 +47,9 @@ HELD = 4 << 20
 _TRY = 0.02
 """Seconds after which what libvirt did not take is tried again, while nothing may be read from it."""
 
+PACE = 0.1
+"""Seconds between two reports of a file."""
+
 # virErrorNumber.
 _OPERATION_INVALID = 55
 _NO_STORAGE_VOL = 50
@@ -110,7 +113,8 @@ def put(
             idle = 0
         told(f"waiting {size}")
         wait(POLL)
-    runs = [(start, end) for start, end in extents(file, size) if end > first]
+    last = min(first + PIECE, size)
+    runs = [(max(start, last), end) for start, end in extents(file, size) if end > last] + [(first, last)]
     whole = sum(end - start for start, end in runs)
     done = 0
 
@@ -123,8 +127,7 @@ def put(
             told(f"{done} {whole}")
 
     try:
-        last = min(first + PIECE, size)
-        for start, end in [*((max(start, last), end) for start, end in runs if end > last), (first, last)]:
+        for start, end in runs:
             _write(store, name, start, end, pieces, wait)
     except Failed:
         if made:
@@ -465,7 +468,8 @@ def upload(pool: Store, pairs: list[tuple[str, str]]) -> None:
 
         def told(line: str, number: int = number) -> None:
             nonlocal said
-            if time.monotonic() - said > 0.1:
+            done, _, whole = line.partition(" ")
+            if done == whole or time.monotonic() - said > PACE:
                 said = time.monotonic()
                 say(f"{number} {line}")
 
