@@ -94,7 +94,7 @@ def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @dataclass(frozen=True)
 class Libvirtd:
-    """A libvirtd of the tests' own; see libvirt_daemon.py. `kind` is `session` or `system`."""
+    """A libvirtd of the tests' own; see libvirt_daemon.py. `kind` is `session`, `system` or `elsewhere`."""
 
     kind: str
     pid: int
@@ -104,12 +104,23 @@ class Libvirtd:
     @property
     def uri(self) -> str:
         """Where it is found from outside of the namespaces that it may be in."""
+        if self.kind == "elsewhere":
+            return f"qemu+tcp://127.0.0.1:{self.port}/system"
         return f"qemu+unix:///{self.kind}?socket={self.socket}"
 
     def domains(self) -> list[str]:
         """The UUIDs of all the domains that it knows."""
         command = ["virsh", "-c", self.uri, "-q", "list", "--all", "--uuid"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    def virsh(self, *words: str) -> str:
+        """What it says to that."""
+        command = ["virsh", "-c", self.uri, "-q", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def volumes(self, pool: str = "default") -> list[str]:
+        """The names of what is in that pool."""
+        return [line.split()[0] for line in self.virsh("vol-list", pool).splitlines()]
 
 
 @contextmanager
@@ -144,3 +155,20 @@ def system_libvirtd() -> Iterator[Libvirtd]:
     """The libvirtd of a system, as it were."""
     with _libvirtd("system") as daemon:
         yield daemon
+
+
+@pytest.fixture(scope="session")
+def elsewhere_libvirtd() -> Iterator[Libvirtd]:
+    """The libvirtd of another host, as it were, with a pool. In the end nothing is in that but images."""
+    if shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img, by which libvirt makes disks (Debian: qemu-utils)")
+    with _libvirtd("elsewhere") as daemon:
+        add_pool(daemon, "default")
+        yield daemon
+        assert [name for name in daemon.volumes() if len(name) != len("kenaz-") + 64] == []
+
+
+def add_pool(daemon: Libvirtd, name: str) -> None:
+    """A pool of that name on that host."""
+    target = f"/var/lib/libvirt/{name}"
+    daemon.virsh(f"pool-define-as {name} dir --target {target}; pool-build {name}; pool-start {name}")

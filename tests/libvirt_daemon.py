@@ -1,9 +1,11 @@
-"""Runs a libvirtd of one's own: `python libvirt_daemon.py DIRECTORY session|system`.
+"""Runs a libvirtd of one's own: `python libvirt_daemon.py DIRECTORY session|system|elsewhere`.
 
 Says `ready PID SOCKET PORT` when it listens there and on that port of 127.0.0.1; ends, with every QEMU of it,
 when its standard input ends. A `session` daemon serves a user who is not root: where we are, that is a user
 namespace in which we are another. A `system` daemon is for root, and sees directories of its own where the
-host's daemon has its. What they leave is reaped here: a host's init may take seconds for that.
+host's daemon has its. One that is `elsewhere` is on a host of another name that has none of our files, as far
+as launchers and tests make any: nothing of theirs is there under its path. Its QEMU runs as another user, as
+on a host that was installed. What they leave is reaped here: a host's init may take seconds for that.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -42,6 +45,16 @@ security_driver = "none"
 stdio_handler = "file"
 """
 
+# What a host has that was installed: QEMU runs as a user of its own, who is given the disks.
+THERE = """\
+user = "libvirt-qemu"
+group = "kvm"
+dynamic_ownership = 1
+remember_owner = 1
+"""
+
+HOSTNAME = "kenaz-elsewhere"
+
 # Where the daemon of a system keeps things.
 OWN = {"/run": "run", "/var/lib": "lib", "/var/cache": "cache", "/etc/libvirt": "etc"}
 
@@ -50,6 +63,13 @@ ACCOUNTS = {
     "/etc/passwd": "libvirt-qemu:x:0:0::/:/bin/false\n",
     "/etc/group": "libvirt-qemu:x:0:\nkvm:x:0:\n",
 }
+
+
+USER = 64055
+"""That user, where QEMU is not run as ours; the number that Debian gives it."""
+
+OURS = ("KENAZ_CACHE_DIR", "KENAZ_STATE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
+"""What names directories of ours."""
 
 
 def free_port() -> int:
@@ -64,6 +84,8 @@ def command(directory: Path, kind: str, port: int) -> tuple[list[str], dict[str,
     config = directory / "libvirtd.conf"
     config.write_text(CONFIG.format(port=port))
     daemon = ["libvirtd", "--listen", "--config", str(config)]
+    if kind == "elsewhere":
+        daemon[-1] = "/etc/libvirt/libvirtd.conf"
     environment = {**os.environ, "HOME": str(directory), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     for name in ("CONFIG_HOME", "CACHE_HOME", "DATA_HOME", "RUNTIME_DIR"):
         environment[f"XDG_{name}"] = str(directory / name.lower())
@@ -74,12 +96,31 @@ def command(directory: Path, kind: str, port: int) -> tuple[list[str], dict[str,
     for place in OWN.values():
         (directory / place).mkdir()
     (directory / "run/libvirt").mkdir()
-    (directory / "etc/qemu.conf").write_text(QEMU_CONFIG)
-    for file, more in ACCOUNTS.items():
+    (directory / "run/lock").mkdir()
+    own_config = QEMU_CONFIG
+    accounts = ACCOUNTS
+    steps, unshare = "", ["unshare", "--mount"]
+    if kind == "elsewhere":
+        kept = [line for line in QEMU_CONFIG.splitlines(keepends=True) if line.split()[0] not in THERE]
+        own_config = "".join(kept) + THERE
+        accounts = {file: more.replace("x:0:", f"x:{USER}:") for file, more in ACCOUNTS.items()}
+        config.rename(directory / "etc/libvirtd.conf")
+        (directory / "run/sshd").mkdir(mode=0o755)
+        unshare += ["--uts"]
+        named = [os.environ[name] for name in OURS if name in os.environ]
+        hidden = {Path(tempfile.gettempdir()), Path.home(), *map(Path, named)}
+        # libvirt looks at QEMU anew for each domain where root may open it, and QEMU's user not.
+        (directory / "no-kvm").touch(mode=0o600)
+        steps = (
+            f"{{ [ ! -e /dev/kvm ] || mount --bind {directory}/no-kvm /dev/kvm; }} && hostname {HOSTNAME} && "
+        )
+        steps += "".join(f"mount -t tmpfs none '{path}' && " for path in hidden if path.is_dir())
+    (directory / "etc/qemu.conf").write_text(own_config)
+    for file, more in accounts.items():
         (directory / Path(file).name).write_text(Path(file).read_text() + more)
     own = {**OWN, **{file: Path(file).name for file in ACCOUNTS}}
     binds = "".join(f"mount --bind {directory}/{ours} {theirs} && " for theirs, ours in own.items())
-    run = ["unshare", "--mount", "sh", "-c", f'{binds} exec "$@"', "sh"]
+    run = [*unshare, "sh", "-c", f'{binds} {steps} exec "$@"', "sh"]
     return run + daemon, environment, directory / "run/libvirt/libvirt-sock"
 
 

@@ -7,7 +7,7 @@ Its life in a session is: `probe` (look at the host), `plan` (pure), `launch` (m
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -60,7 +60,8 @@ class Capabilities:
     deadlines of states that wait for the guest are multiplied by (5.0 under emulation). `isolates` is False
     where the "guest" is not kept from the host. `boots_image` is False where no disk image is needed.
     `assigns_cid` is True where the hypervisor chooses the CID of a guest itself: `LaunchRequest.cid` is then
-    None, and `Machine.handle` has it as `cid`.
+    None, and `Machine.handle` has it as `cid`. `elsewhere` is the name of the host that machines run on,
+    where that is another one, which does not see this one's files: the driver is `Placing` then.
     `data` is plain JSON that the driver's own `plan` needs of what `probe` saw.
     """
 
@@ -74,6 +75,7 @@ class Capabilities:
     boots_image: bool = True
     isolates: bool = True
     assigns_cid: bool = False
+    elsewhere: str = ""
     data: JsonObject = field(default_factory=dict)
 
     def refusal(self, name: str) -> DriverError:
@@ -87,7 +89,8 @@ class Disk:
     """A disk to attach. `role` is `root`, `config` (label KENAZMETA) or `workbench` (label KENAZWB).
 
     `format` is one of `qcow2`, `raw`, `vhdx`, `iso`, or `directory` for drivers that run no machine. `base`
-    is what a disk begins as that the driver makes itself, in `launch` (`vhdx`); else it is there already.
+    is what a disk begins as that the driver makes itself, in `launch` (`vhdx`, and `volume`, of which `path`
+    is empty); else it is there already. A `volume` has `size` bytes, and its base is of `base_format`.
     """
 
     role: str
@@ -95,6 +98,8 @@ class Disk:
     format: str
     readonly: bool = False
     base: str = ""
+    base_format: str = ""
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +223,37 @@ class Screen(Protocol):
 
     async def screenshot(self, path: str) -> None:
         """Writes what the screen shows to `path`, as PNG. Raises DriverError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file that never changes. `digest` is the SHA-256 of it, in hexadecimal."""
+
+    path: str
+    digest: str
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """What a Driver is besides, whose machines may run on another host (`Capabilities.elsewhere`)."""
+
+    def placed(self, capabilities: Capabilities, digest: str) -> str:
+        """The path that the file of that digest has on that host. Pure; also for one that is not there yet,
+        and of an empty digest for one that is not known yet."""
+        ...
+
+    async def place(
+        self,
+        capabilities: Capabilities,
+        contents: Sequence[Content],
+        told: Callable[[Content, int, int, bool], None],
+    ) -> None:
+        """Sees to it that these files are on that host, and leaves them there for whoever needs them next.
+
+        `told` is told how many bytes of one have gone, of how many, and whether somebody else brings it. May
+        take long; a cancel leaves nothing that the next call would take for the file. Raises DriverError.
+        """
+        ...
 
 
 class Driver(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
@@ -34,13 +35,18 @@ SOME = {
 """What is checked in `make test`, beside the pure ones, where a machine takes seconds to start and to end."""
 
 EMULATED = {"accel": "tcg"}
+# The libvirt of a subject: on this host, and on another, as it were.
+DAEMONS = {"libvirt": "libvirtd", "elsewhere": "elsewhere_libvirtd"}
+AS_ROOT = sys.platform == "linux" and os.geteuid() == 0
 
 
 def cases() -> Iterator[Any]:
-    for subject in ("simulated", "process", "qemu-x86_64", "qemu-aarch64", "libvirt"):
+    for subject in ("simulated", "process", "qemu-x86_64", "qemu-aarch64", "libvirt", "elsewhere"):
         for check in CHECKS:
-            later = subject in ("libvirt", "qemu-aarch64") and not (check in PURE or check_id(check) in SOME)
+            quick = check in PURE or check_id(check) in SOME
+            later = subject in (*DAEMONS, "qemu-aarch64") and not quick
             marks = [pytest.mark.slow] if later else []
+            marks += [pytest.mark.only_where(AS_ROOT)] if subject == "elsewhere" else []
             yield pytest.param(subject, check, id=f"{subject}-{check_id(check)}", marks=marks)
 
 
@@ -62,10 +68,10 @@ def kits(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Kit]]:
             arch = arch or "x86_64"
             if name == "qemu" and shutil.which(f"qemu-system-{arch}") is None:
                 pytest.skip(f"qemu-system-{arch} is not installed")
-            options = EMULATED if name in ("qemu", "libvirt") else {}
-            if name == "libvirt":
-                options = options | {"uri": request.getfixturevalue("libvirtd").uri}
-            return Kit(name, arch, place, options)
+            options = EMULATED if name in ("qemu", *DAEMONS) else {}
+            if name in DAEMONS:
+                options = options | {"uri": request.getfixturevalue(DAEMONS[name]).uri}
+            return Kit("libvirt" if name in DAEMONS else name, arch, place, options)
 
         yield kit
 

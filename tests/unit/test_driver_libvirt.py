@@ -6,14 +6,15 @@ import shutil
 import subprocess
 import uuid
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from kenaz_drivers.contract import Capabilities, Disk, DriverError, Exit, LaunchRequest
+from kenaz_drivers.contract import Capabilities, Content, Disk, DriverError, Exit, LaunchRequest
+from kenaz_drivers.libvirt import elsewhere
 from kenaz_drivers.libvirt import probe as module
-from kenaz_drivers.libvirt.domain import NAMESPACE, Facts, build, cid_of, uuid_of
+from kenaz_drivers.libvirt.domain import NAMESPACE, Facts, Volume, build, cid_of, uuid_of, volumes
 from kenaz_drivers.libvirt.driver import LibvirtDriver
 from kenaz_drivers.libvirt.virsh import Lifecycle, describe_exit, failure, parse_event, parse_monitor
 
@@ -63,6 +64,18 @@ CASES = {
     ),
 }
 
+THERE = Facts(
+    "/usr/bin/virsh", "qemu+ssh://other/system", "9.0.0", None, "other", "scratch", "/pools/scratch"
+)
+
+# As the engine has it of a machine on another host.
+MOVED = (
+    Disk("root", "", "volume", base="/pools/scratch/kenaz-ab", base_format="raw", size=2 << 30),
+    Disk("config", "/state/config.raw", "raw", readonly=True),
+    Disk("workbench", "/pools/scratch/kenaz-cd", "raw", readonly=True),
+)
+CASES["x86_64-elsewhere"] = (request_for(disks=MOVED, kernel="/pools/scratch/kenaz-ef", initrd=""), THERE)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_domain_is_the_golden_one(name):
@@ -98,6 +111,32 @@ def test_the_cid_is_read_off_the_domain_that_was_made():
 
 def test_memory_is_whole_mebibytes_and_never_less():
     assert ET.fromstring(build(request_for(memory=(64 << 20) + 1), SESSION)).findtext("memory") == "66560"
+
+
+def test_the_volumes_of_a_machine_elsewhere_carry_its_mark():
+    root, config = volumes(*CASES["x86_64-elsewhere"])
+    mark = request_for().mark
+    assert root == Volume(f"kenaz-{mark}-root", 2 << 30, "/pools/scratch/kenaz-ab", "raw")
+    assert config == Volume(f"kenaz-{mark}-config", source="/state/config.raw")
+    assert volumes(*CASES["x86_64-tcg-session"]) == ()
+    assert elsewhere.creation("scratch", root, root.size) == (
+        f"vol-create-as scratch kenaz-{mark}-root 2147483648 --format qcow2 --backing-vol kenaz-ab "
+        "--backing-vol-format raw"
+    )
+    assert elsewhere.creation("scratch", config, 9).endswith(" 9 --format raw")
+
+
+def test_a_plan_for_elsewhere_says_what_is_made_there():
+    request, facts = CASES["x86_64-elsewhere"]
+    can = replace(request.capabilities, data={"facts": asdict(facts)}, elsewhere="other")
+    plan = LibvirtDriver().plan(replace(request, capabilities=can))
+    names = [f"kenaz-{request.mark}-{role}" for role in ("root", "config")]
+    assert plan.trace == {"uri": facts.uri, "pool": "scratch", "volumes": names}
+    assert plan.data["carried"] == ["console", "channel"]
+    assert "runs on other: image and build are kept in its storage pool scratch" in plan.notes[0]
+    assert LibvirtDriver().placed(can, "ab") == "/pools/scratch/kenaz-ab"
+    with pytest.raises(DriverError, match="no transport 'vsock'"):
+        build(replace(request, transport="vsock"), facts)
 
 
 def test_the_uuid_follows_from_the_mark():
@@ -291,11 +330,138 @@ async def test_no_daemon_is_started_unless_the_spec_names_one(virsh):
     assert "LIBVIRT_AUTOSTART=1" in log()
 
 
-async def test_another_host_and_no_virsh_are_told(virsh, monkeypatch):
-    virsh(host="elsewhere")
+POOL = """
+case "$*" in
+*pool-info*)
+    printf 'Name: default\\nState: {state}\\nAvailable:  7.00 GiB\\n'
+    printf "<pool type='{kind}'>\\n<target>\\n<path>/pools/default</path></target></pool>\\n"
+    exit {code};;
+esac
+"""
+
+
+def elsewhere_answer(state="running", kind="dir", code=0, host="elsewhere"):
+    pool = POOL.format(state=state, kind=kind, code=code)
+    return pool + ANSWER.format(host=host, kinds="qemu kvm", qemu="/usr/bin/qemu")
+
+
+@pytest.fixture
+def carriers(monkeypatch):
+    """The program that carries streams, as if libvirt's library were here, whether it is or not."""
+    monkeypatch.setattr(elsewhere, "STREAMS", ("true",))
+
+
+async def test_another_host_is_taken_by_name(virsh, carriers):
+    virsh(answer=elsewhere_answer())
+    found = await module.probe("x86_64", {"uri": "qemu+ssh://elsewhere/system"})
+    assert found.usable
+    assert (found.elsewhere, found.disk_formats, found.transports) == (
+        "elsewhere",
+        ("volume",),
+        ("virtio-serial",),
+    )
+    facts = Facts.from_json(found.data["facts"])
+    assert (facts.elsewhere, facts.pool, facts.target) == ("elsewhere", "default", "/pools/default")
+    assert facts.owner is None
+    assert [reason.text for reason in found.reasons] == [
+        "libvirt 9.0.0 at qemu+ssh://elsewhere/system",
+        "libvirt on elsewhere has KVM for such guests, which was not tried",
+        "machines run on elsewhere; its storage pool default has 7.00 GiB free",
+    ]
+    assert (await module.probe("x86_64", {"uri": "qemu+ssh://e/system", "accel": "tcg"})).accelerator == "tcg"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"state": "inactive"}, "the storage pool default on elsewhere is not active"),
+        ({"kind": "rbd"}, "of the type rbd"),
+        ({"code": 1}, "the disks cannot be put on elsewhere"),
+    ],
+)
+async def test_a_pool_that_is_of_no_use_is_told(virsh, carriers, answer, said):
+    virsh(answer=elsewhere_answer(**answer))
     found = await module.probe("x86_64", {"uri": "qemu+ssh://elsewhere/system"})
     assert not found.usable
-    assert "is on elsewhere" in found.reasons[0].text
+    assert said in found.reasons[0].text
+    assert found.reasons[0].mend
+
+
+async def test_another_host_is_not_taken_unasked_nor_without_the_library(virsh, monkeypatch):
+    virsh(answer=elsewhere_answer())
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+ssh://elsewhere/system")
+    found = await module.probe("x86_64", {})
+    assert not found.usable
+    assert "is on elsewhere, where sessions are placed only by name" in found.reasons[0].text
+    monkeypatch.setattr(elsewhere, "STREAMS", ("false",))
+    found = await module.probe("x86_64", {"uri": "qemu+ssh://elsewhere/system"})
+    assert "needs libvirt's library" in found.reasons[0].text
+
+
+async def test_a_host_of_the_same_name_is_here_only_if_it_tells_our_files_apart(virsh, monkeypatch):
+    same = 'case "$*" in *emulatorbin*) echo "error: Cannot check QEMU binary $8";; esac'
+    seen = 'case "$*" in *-not) echo "error: $8: no such file";; *) echo "error: $8: not executable";; esac'
+    virsh(answer=same)
+    assert not await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
+    assert await elsewhere.is_here("virsh", "qemu:///system", f"{HERE}.example.org")
+    assert not await elsewhere.is_here("virsh", "qemu:///system", "another")
+    virsh(answer=seen)
+    assert await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
+    monkeypatch.setattr(elsewhere.tempfile, "tempdir", "/nowhere")
+    with pytest.raises(DriverError, match="cannot be found out"):
+        await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
+
+
+async def test_volumes_are_deleted_until_none_is_listed(virsh, tmp_path):
+    busy = f"""
+    if [ -e {tmp_path}/again ]; then echo ' other   /p/other'; exit 0; fi
+    touch {tmp_path}/again
+    echo "error: volume 'a' is still in use."
+    echo ' a   /p/a'
+    """
+    log = virsh(answer=busy)
+    await elsewhere.discard_volumes("virsh", "qemu+ssh://o/system", "p", ["a", "b"])
+    assert log().count("vol-delete --pool p a; vol-delete --pool p b; vol-list --pool p") == 2
+    virsh(answer="echo 'error: Permission denied'; echo ' a   /p/a'")
+    with pytest.raises(DriverError, match="the disks a in the storage pool p cannot be deleted"):
+        await elsewhere.discard_volumes("virsh", "qemu+ssh://o/system", "p", ["a", "b"])
+    virsh(answer="exit 1")
+    with pytest.raises(DriverError, match="the disks a, b in"):
+        await elsewhere.discard_volumes("virsh", "qemu+ssh://o/system", "p", ["a", "b"])
+
+
+async def test_a_volume_that_cannot_be_made_is_told(virsh, tmp_path):
+    (tmp_path / "config").write_bytes(b"c")
+    log = virsh(answer="")
+    made = [Volume("r", 7, "/p/kenaz-ab", "raw"), Volume("c", source=str(tmp_path / "config"))]
+    await elsewhere.make_volumes("virsh", "qemu+ssh://o/system", "p", made)
+    first, second = log().splitlines()
+    assert "vol-create-as p r 7 --format qcow2 --backing-vol kenaz-ab --backing-vol-format raw; " in first
+    assert "; vol-create-as p c 1 --format raw" in first
+    assert f"vol-upload --pool p c {tmp_path}/config" in second
+    virsh(answer="echo 'error: No space left on device'")
+    with pytest.raises(DriverError, match="no disk can be made in the storage pool p: No space") as raised:
+        await elsewhere.make_volumes("virsh", "qemu+ssh://o/system", "p", made)
+    assert raised.value.hint == "free some space"
+
+
+async def test_files_are_brought_with_progress_or_a_reason(monkeypatch, tmp_path):
+    program = tmp_path / "streams"
+    program.write_text(
+        "#!/bin/sh\necho '1 waiting 9'\necho '0 3 9'\n[ $3 != full ] || { echo no room; exit 1; }\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(elsewhere, "STREAMS", (str(program),))
+    contents = [Content("/a", "ab"), Content("/c", "cd")]
+    told = []
+    await elsewhere.place(THERE, contents, lambda *seen: told.append(seen))
+    assert told == [(contents[1], 0, 9, True), (contents[0], 3, 9, False)]
+    with pytest.raises(DriverError, match="cannot be put into the storage pool full on other: no room"):
+        await elsewhere.place(replace(THERE, pool="full"), contents, lambda *seen: None)
+
+
+async def test_an_unknown_machine_and_no_virsh_are_told(virsh, monkeypatch):
+    virsh()
     assert "no machine for vax" in (await module.probe("vax", {})).reasons[0].text
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     assert (await module.probe("x86_64", {})).reasons[0].text == "virsh is not installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,15 @@ import pytest
 import trio
 import trio.testing
 
-from kenaz_drivers.contract import DriverError, Helper, LaunchPlan, LaunchRequest
+from kenaz_drivers.contract import (
+    Capabilities,
+    Content,
+    Disk,
+    DriverError,
+    Helper,
+    LaunchPlan,
+    LaunchRequest,
+)
 from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
 from kenaz_engine.channel.harness import HarnessError
 from kenaz_engine.channel.transports import TransportError
@@ -23,6 +32,7 @@ from kenaz_engine.channel.transports.vsock import Claim, SharedPort
 from kenaz_engine.images import ensure as ensuring
 from kenaz_engine.images.ensure import Ensured
 from kenaz_engine.images.locks import hold
+from kenaz_engine.images.manifest import Image, Part
 from kenaz_engine.session import activities
 from kenaz_engine.session.activities import ALARM_LENGTH, CONSOLE_PAUSE, PRESS_AGAIN
 from kenaz_engine.session.ledger import ACQUIRE_BOUND
@@ -309,6 +319,82 @@ async def test_a_machine_with_an_image(autojump_clock: Any, whole: Any, image: P
     assert kinds[3:5] == [("socket", "socket"), ("config", "file")]
     [disk] = [r["handle"] for r in whole.records() if r["kind"] == "acquired" and r["resource"] == "disk"]
     assert disk["made"] == "overlay"
+
+
+class Placer(Driver):
+    """Its machines are on another host, to which it brings what they need."""
+
+    def __init__(self, fails: Exception | None = None) -> None:
+        super().__init__()
+        self.brought: list[Content] = []
+        self._fails = fails
+
+    def placed(self, capabilities: Capabilities, digest: str) -> str:
+        return f"/there/{digest}"
+
+    async def place(
+        self,
+        capabilities: Capabilities,
+        contents: Sequence[Content],
+        told: Callable[[Content, int, int, bool], None],
+    ) -> None:
+        await trio.lowlevel.checkpoint()
+        if self._fails:
+            raise self._fails
+        self.brought += contents
+        told(contents[0], 0, 10, True)
+        told(contents[0], 5, 10, False)
+
+
+@pytest.fixture
+def own_disk(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A disk of the user's own, of which nobody has said what it is. No clock jumps while it is read."""
+    root = tmp_path_factory.mktemp("own") / "disk.raw"
+    root.write_bytes(b"root")
+    parts = {"root": Part(root, 4, "")}
+    found = Image("disk", "", "x86_64", "", parts, "raw", "", "", (), None)
+
+    async def here(*args: Any, **options: Any) -> Ensured:
+        return Ensured(found, await hold([root]), ())
+
+    async def at_once(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    monkeypatch.setattr(ensuring, "ensure", here)
+    return root
+
+
+ELSEWHERE = {"boots_image": True, "disk_formats": ("volume",), "elsewhere": "other"}
+DIGEST = hashlib.sha256(b"root").hexdigest()
+
+
+async def test_what_never_changes_is_brought_to_another_host_and_the_disk_is_made_there(
+    autojump_clock: Any, whole: Any, own_disk: Path
+) -> None:
+    driver = Placer()
+    result = await whole.run(await whole.prepare(driver=driver, can=ELSEWHERE, dial=None))
+    assert driver.brought == [Content(str(own_disk), DIGEST)]
+    root, config = driver.requests[-1].disks
+    size = 2 << 30
+    assert root == Disk("root", "", "volume", base=f"/there/{DIGEST}", base_format="raw", size=size)
+    assert Path(config.path).name == "config.raw"
+    held = [r["resource"] for r in whole.records() if r["kind"] == "acquired"]
+    assert held[1:5] == ["image", "socket", "config", "vm"]
+    assert result.outcome.verdict == "guest did not dial in time"
+
+
+async def test_what_cannot_be_brought_there_is_told_and_a_small_disk_too(
+    autojump_clock: Any, whole: Any, own_disk: Path
+) -> None:
+    driver = Placer(DriverError("the pool is full", hint="free some space"))
+    result = await whole.run(await whole.prepare(driver=driver, can=ELSEWHERE))
+    assert result.outcome.verdict == "image could not be had: the pool is full"
+    with own_disk.open("r+b") as file:
+        file.truncate(3 << 30)
+    result = await whole.run(await whole.prepare(driver=Placer(), can=ELSEWHERE))
+    assert "is smaller than its image" in result.outcome.verdict
 
 
 @pytest.mark.parametrize(

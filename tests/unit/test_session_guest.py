@@ -12,6 +12,7 @@ import pytest
 
 from kenaz_drivers.contract import Disk
 from kenaz_engine.images.builds import Build
+from kenaz_engine.images.manifest import Image, Part
 from kenaz_engine.session.guest import (
     Layout,
     connector_ids,
@@ -106,6 +107,22 @@ async def test_a_machine_boots_its_image_and_a_process_is_the_agent(whole: Any) 
     request = launch_request(machine, LAYOUT, image, Build("7", Path("/b"), "sha256:00"))
     assert request.disks[-1] == Disk("workbench", "/b", "raw", readonly=True)
     assert LAYOUT.control == Path("/run/s1/control.sock")
+
+
+async def test_on_another_host_files_have_the_paths_that_they_have_there(whole: Any) -> None:
+    machine = await whole.prepare(can={"disk_formats": ("volume",), "elsewhere": "other"})
+    driver: Any = SimpleNamespace(name="x", placed=lambda _, digest: f"/there/{digest}", place=print)
+    machine = replace(machine, driver=driver)
+    parts = {name: Part(Path(f"/{name}"), 1, f"{name}-digest") for name in ("kernel", "root")}
+    image = Image("i", "1", "x86_64", "", parts, "qcow2", "", "", (), None)
+    request = launch_request(machine, LAYOUT, image, Build("7", Path("/b"), "sha256:00"))
+    assert (request.kernel, request.initrd) == ("/there/kernel-digest", "")
+    size = machine.resolved.machine.disk
+    assert request.disks == (
+        Disk("root", "", "volume", base="/there/root-digest", base_format="qcow2", size=size),
+        Disk("config", "/state/s1/config.raw", "raw", readonly=True),
+        Disk("workbench", "/there/00", "raw", readonly=True),
+    )
 
 
 async def test_a_disk_that_cannot_become_raw_takes_the_next_format(whole: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import secrets
@@ -21,12 +22,15 @@ from kenaz_drivers._common.unix import unix_socket
 from kenaz_drivers.conformance.guests import UP, Behaviour, Guests, guests_for
 from kenaz_drivers.contract import (
     Capabilities,
+    Content,
+    Disk,
     Driver,
     DriverError,
     JsonObject,
     LaunchPlan,
     LaunchRequest,
     Machine,
+    Placing,
 )
 from kenaz_drivers.registry import load
 
@@ -109,8 +113,23 @@ class Kit:
             mark=f"check{self._number}-{secrets.token_hex(8)}",
             options=dict(self.options),
         )
-        request = replace(request, **changes)
-        return (self.guests or guests_for(request, self.name))(request, behaviour)
+        return await self._with_guest(replace(request, **changes), behaviour)
+
+    async def _with_guest(self, request: LaunchRequest, behaviour: Behaviour) -> LaunchRequest:
+        """That request with such a guest, which is brought to the machine's host where that is another."""
+        request = (self.guests or guests_for(request, self.name))(request, behaviour)
+        capabilities, driver = request.capabilities, self.driver
+        if not capabilities.elsewhere:
+            return request
+        assert isinstance(driver, Placing)
+        root = request.disks[0]
+        file = Path(root.path)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "0" * 64
+        if file.exists():
+            await driver.place(capabilities, [Content(root.path, digest)], lambda *told: None)
+        base = driver.placed(capabilities, digest)
+        moved = Disk("root", "", "volume", base=base, base_format="raw", size=1 << 20)
+        return replace(request, disks=(moved, *request.disks[1:]))
 
     @asynccontextmanager
     async def planned(self, behaviour: Behaviour, **changes: Any) -> AsyncIterator[LaunchPlan]:
@@ -118,7 +137,7 @@ class Kit:
         request = await self.request(behaviour, **changes)
         async with listening(request.channel):
             # Again, for guests that look whether somebody listens.
-            request = (self.guests or guests_for(request, self.name))(request, behaviour)
+            request = await self._with_guest(request, behaviour)
             yield self.driver.plan(request)
 
     @asynccontextmanager

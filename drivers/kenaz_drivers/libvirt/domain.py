@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import uuid
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, DriverError, JsonObject, LaunchRequest
 
@@ -31,6 +32,12 @@ LONGEST = 60_000
 
 KIB, MIB = 1 << 10, 1 << 20
 
+PREFIX = "kenaz-"
+"""What the names of our domains and volumes begin with."""
+
+_OWN = ("root", "config")
+"""The roles of disks that are a session's own."""
+
 _MACHINES = {"x86_64": "q35", "aarch64": "virt"}
 _CPUS = {"kvm": "host-passthrough", "tcg": "maximum"}
 _SERIALS = {"root": "root", "config": "KENAZMETA", "workbench": "KENAZWB"}
@@ -47,12 +54,17 @@ class Facts:
     """What `probe` found out about the libvirt behind `uri`, and a domain depends on.
 
     `owner` are the user and group that QEMU shall run as where libvirt could choose others; else None.
+    `elsewhere` is the name of its host where that is another one; `pool` is the storage pool for disks there,
+    and `target` the directory in which its volumes are. All are empty where it is this host.
     """
 
     virsh: str
     uri: str
     version: str = ""
     owner: tuple[int, int] | None = None
+    elsewhere: str = ""
+    pool: str = ""
+    target: str = ""
 
     @classmethod
     def from_json(cls, data: JsonObject) -> Facts:
@@ -75,7 +87,42 @@ def uuid_of(mark: str) -> str:
 
 def name_of(mark: str) -> str:
     """The name of that domain."""
-    return f"kenaz-{mark}"
+    return f"{PREFIX}{mark}"
+
+
+def placed(facts: Facts, digest: str) -> str:
+    """The path, on the host of the machine, of the file with that content."""
+    return f"{facts.target}/{PREFIX}{digest or 'SHA256'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume that a machine on another host has for itself, as long as it is there.
+
+    An overlay of `size` bytes over `base`, which is of `base_format`; or a copy of the file `source`.
+    """
+
+    name: str
+    size: int = 0
+    base: str = ""
+    base_format: str = ""
+    source: str = ""
+
+
+def volumes(request: LaunchRequest, facts: Facts) -> tuple[Volume, ...]:
+    """What is made there for this machine alone: all disks but those that are there for all."""
+    mark = request.mark or request.session
+    return tuple(
+        Volume(_own(mark, disk), disk.size, disk.base, disk.base_format)
+        if disk.format == "volume"
+        else Volume(_own(mark, disk), source=disk.path)
+        for disk in request.disks
+        if facts.elsewhere and disk.role in _OWN
+    )
+
+
+def _own(mark: str, disk: Disk) -> str:
+    return f"{name_of(mark)}-{disk.role}"
 
 
 def console_path(request: LaunchRequest) -> str:
@@ -91,7 +138,7 @@ def cid_of(text: str) -> int | None:
 
 def build(request: LaunchRequest, facts: Facts) -> str:
     """The domain's XML. Raises DriverError for what libvirt or this driver cannot do."""
-    _check(request)
+    _check(request, facts)
     arch, accelerator = request.capabilities.arch, request.capabilities.accelerator
     mark = request.mark or request.session
     domain = ET.Element("domain", type="kvm" if accelerator == "kvm" else "qemu")
@@ -109,16 +156,21 @@ def build(request: LaunchRequest, facts: Facts) -> str:
     _text(domain, "on_reboot", "restart")
     _text(domain, "on_crash", "destroy")
     devices = ET.SubElement(domain, "devices")
-    for index, disk in enumerate(request.disks):
+    for index, disk in enumerate(_disks(request, facts)):
         _disk(devices, disk, f"vd{'abcdefgh'[index]}", boots=disk.role == "root" and not request.kernel)
     ET.SubElement(devices, "controller", type="usb", model="none")
-    serial = ET.SubElement(devices, "serial", type="unix")
-    ET.SubElement(serial, "source", mode="connect", path=console_path(request))
+    if facts.elsewhere:
+        # Both reach us through libvirt itself: it listens where it likes, and streams them.
+        ET.SubElement(devices, "serial", type="pty")
+    else:
+        serial = ET.SubElement(devices, "serial", type="unix")
+        ET.SubElement(serial, "source", mode="connect", path=console_path(request))
     if request.transport == "vsock":
         ET.SubElement(ET.SubElement(devices, "vsock", model="virtio"), "cid", auto="yes")
     else:
         channel = ET.SubElement(devices, "channel", type="unix")
-        ET.SubElement(channel, "source", mode="connect", path=request.channel)
+        source = {"mode": "bind"} if facts.elsewhere else {"mode": "connect", "path": request.channel}
+        ET.SubElement(channel, "source", source)
         ET.SubElement(channel, "target", type="virtio", name=VIRTIO_SERIAL_PORT)
     if request.network == "nat":
         interface = ET.SubElement(devices, "interface", type="user")
@@ -151,6 +203,15 @@ def _boot(domain: ET.Element, request: LaunchRequest) -> None:
             _text(os, tag, value)
 
 
+def _disks(request: LaunchRequest, facts: Facts) -> Iterator[Disk]:
+    """The disks as the machine's host has them."""
+    for disk in request.disks:
+        if facts.elsewhere and disk.role in _OWN:
+            there = f"{facts.target}/{_own(request.mark or request.session, disk)}"
+            disk = replace(disk, path=there, format="qcow2" if disk.format == "volume" else disk.format)
+        yield disk
+
+
 def _disk(devices: ET.Element, disk: Disk, target: str, *, boots: bool) -> None:
     element = ET.SubElement(devices, "disk", type="file", device="disk")
     # A throw-away disk needs to survive nothing, so the host may keep what the guest flushes.
@@ -165,7 +226,7 @@ def _disk(devices: ET.Element, disk: Disk, target: str, *, boots: bool) -> None:
         ET.SubElement(element, "boot", order="1")
 
 
-def _check(request: LaunchRequest) -> None:
+def _check(request: LaunchRequest, facts: Facts) -> None:
     paths = [request.kernel, request.initrd, request.channel, *(disk.path for disk in request.disks)]
     for text in (*paths, request.runtime, request.cmdline, request.session, request.mark):
         if _NOT_XML.search(text):
@@ -178,12 +239,13 @@ def _check(request: LaunchRequest) -> None:
         raise DriverError(f"display {request.display!r}: this driver shows no screen", hint="display: none")
     if request.network not in {"none", "nat"}:
         raise DriverError(f"network {request.network!r} is unknown to this driver", hint="none or nat")
-    for disk in request.disks:
+    for disk in _disks(request, facts):
         if disk.role not in _SERIALS or disk.format not in {"qcow2", "raw"}:
             raise DriverError(f"libvirt is given no disk of role {disk.role!r} and format {disk.format!r}")
-    if request.transport not in {"virtio-serial", "vsock"}:
+    transports = ("virtio-serial",) if facts.elsewhere else ("virtio-serial", "vsock")
+    if request.transport not in transports:
         raise DriverError(
-            f"the driver libvirt has no transport {request.transport!r}", hint="virtio-serial or vsock"
+            f"the driver libvirt has no transport {request.transport!r}", hint=" or ".join(transports)
         )
     for path in (console_path(request), *([] if request.transport == "vsock" else [request.channel])):
         length = len(path.encode("utf-8", "surrogateescape"))

@@ -2,7 +2,8 @@
 
 One virsh owns the domain: it makes it, paused and tied to its own connection (`--autodestroy`), and then
 tells of its events. It is a child of ours that dies with us, and libvirt ends the domain when that connection
-goes: so a machine does not outlive its launcher.
+goes: so a machine does not outlive its launcher. Where the URI leads to another host, the disks are volumes
+there (`elsewhere`), and a program for each carries console and channel (`streams`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import contextlib
 import os
 import signal
 import socket
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,14 +29,27 @@ from kenaz_drivers._common.unix import unix_socket
 from kenaz_drivers.contract import (
     MARK,
     Capabilities,
+    Content,
     DriverError,
     Exit,
     JsonObject,
     LaunchPlan,
     LaunchRequest,
 )
-from kenaz_drivers.libvirt import probe
-from kenaz_drivers.libvirt.domain import Facts, build, cid_of, console_path, name_of, uuid_of
+from kenaz_drivers.libvirt import elsewhere, probe
+from kenaz_drivers.libvirt.domain import (
+    PREFIX,
+    Facts,
+    Volume,
+    build,
+    cid_of,
+    console_path,
+    name_of,
+    placed,
+    uuid_of,
+    volumes,
+)
+from kenaz_drivers.libvirt.lines import Lines
 from kenaz_drivers.libvirt.virsh import (
     FIXED,
     Lifecycle,
@@ -60,6 +75,9 @@ DRAIN_GRACE = 1.0
 
 TERM_GRACE = 0.5
 
+CARRIER_MEMORY = 256 << 20
+"""Bytes of data that a carrier may have, whatever a guest sends that does not read. It has 10 MB."""
+
 
 class LibvirtMachine:
     """A domain. Made by `LibvirtDriver.launch` only."""
@@ -67,6 +85,11 @@ class LibvirtMachine:
     def __init__(self, data: JsonObject, child: ChildProcess, console: socket.socket) -> None:
         self._virsh, self._uri, self._uuid = str(data["virsh"]), str(data["uri"]), str(data["uuid"])
         self._name = str(data["name"])
+        self._pool, self._volumes = str(data["pool"]), [str(one["name"]) for one in data["volumes"]]
+        self.discarded = False
+        """Whether its volumes are gone, where it had any."""
+        self._uncarried = set(data["carried"])
+        self._lost = ""
         self._child = child
         self._listening = trio.socket.from_stdlib_socket(console)
         self._console = trio.Event()
@@ -84,14 +107,16 @@ class LibvirtMachine:
 
     @property
     def handle(self) -> JsonObject:
-        cid = {} if self._cid is None else {"cid": self._cid}
-        return {**self._child.handle, "uri": self._uri, "uuid": self._uuid, **cid}
+        more: dict[str, object] = {} if self._cid is None else {"cid": self._cid}
+        if self._volumes:
+            more |= {"pool": self._pool, "volumes": self._volumes}
+        return {**self._child.handle, "uri": self._uri, "uuid": self._uuid, **more}
 
     # --- tasks ----------------------------------------------------------------------------------------------
 
     async def follow(self, stream: trio.abc.ReceiveStream) -> None:
         """Hears what the owner tells of the domain, and ends it with the domain."""
-        async for line in _Lines(stream):
+        async for line in Lines(stream):
             self._hear(line)
             self._changed.unpark_all()
             if self._stopped:
@@ -123,12 +148,34 @@ class LibvirtMachine:
                 child = spawn(argv, stdout=output_end, env=environment)
             async with output:
                 try:
-                    async for line in _Lines(output):
+                    async for line in Lines(output):
                         if (told := parse_monitor(line)) is not None:
                             self._closings += told[0] == "VSERPORT_CHANGE" and told[1].get("open") is False
                             self._changed.unpark_all()
                 finally:
                     await child.end((signal.SIGTERM, TERM_GRACE))
+
+    async def carry(self, kind: str, path: str, environment: Mapping[str, str]) -> None:
+        """Connects the socket of that path to the console or the channel of a domain on another host."""
+        with contextlib.suppress(DriverError):
+            await self._until(lambda: self._made)
+            argv = [*elsewhere.STREAMS, self._uri, kind, self._uuid, path]
+            with open_pipe() as (output, theirs):
+                limits = {"data": CARRIER_MEMORY}
+                child = spawn(argv, stdout=theirs, stderr=theirs, env=environment, limits=limits)
+            async with output:
+                try:
+                    async for line in Lines(output):
+                        if line == "open":
+                            self._uncarried.discard(kind)
+                        else:
+                            self._lost = f"the {kind} cannot be had: {line}"
+                        self._changed.unpark_all()
+                finally:
+                    await child.end((signal.SIGTERM, TERM_GRACE))
+        if kind in self._uncarried:
+            self._lost = self._lost or f"the {kind} cannot be had"
+            self._changed.unpark_all()
 
     async def end_with_reboot(self) -> None:
         """A throw-away machine does not start anew."""
@@ -186,6 +233,10 @@ class LibvirtMachine:
     async def ready(self) -> None:
         with trio.move_on_after(MADE_DEADLINE):
             await self._until(lambda: self._made)
+            while self._uncarried and not self._lost:
+                await self._until(lambda: not self._uncarried or bool(self._lost))
+            if self._uncarried:
+                raise DriverError(self._lost, log=self._log.lines())
             # An owner that listens hears of it; one that did not yet is given another event to hear.
             while not self._heard:
                 await self._call("the domain does not start", f"resume {self._uuid}")
@@ -238,8 +289,11 @@ class LibvirtMachine:
                     # Whatever became of that: libvirt ends a domain whose owner goes.
                     await self._child.end((signal.SIGTERM, TERM_GRACE))
             await self._gone.wait()
-        if self._left is not None:
-            raise self._left
+            if self._left is not None:
+                raise self._left
+            if self._volumes and not self.discarded:
+                await elsewhere.discard_volumes(self._virsh, self._uri, self._pool, self._volumes)
+                self.discarded = True
 
     def console(self) -> AsyncIterator[bytes]:
         return _Late(self._console, lambda: self._stream)
@@ -253,7 +307,7 @@ class LibvirtMachine:
 
 
 class LibvirtDriver:
-    """Runs machines with libvirt's QEMU driver, by any URI that leads to this host."""
+    """Runs machines with libvirt's QEMU driver, by any URI: on this host, or on the one that it leads to."""
 
     name: ClassVar[str] = "libvirt"
     options_schema: ClassVar[JsonObject] = {
@@ -266,10 +320,19 @@ class LibvirtDriver:
                 "title": "Connection URI",
                 "description": "Which libvirt. Unless given, the one that virsh takes: $LIBVIRT_DEFAULT_URI, "
                 "or qemu:///system for root and qemu:///session for others; a daemon that does not run is "
-                "then not started.",
+                "then not started, and another host not taken.",
                 "type": "string",
                 "pattern": "^qemu(\\+[a-z]+)?://",
-                "examples": ["qemu:///session", "qemu:///system", "qemu+tcp://localhost/system"],
+                "examples": ["qemu:///session", "qemu:///system", "qemu+ssh://root@other/system"],
+            },
+            "pool": {
+                "title": "Storage pool",
+                "description": "Where the image and the disks go if the URI leads to another host: a pool of "
+                "files there. Not used on this host.",
+                "type": "string",
+                "pattern": "^[A-Za-z0-9][A-Za-z0-9_.+-]*$",
+                "default": "default",
+                "examples": ["scratch"],
             },
             "accel": {
                 "title": "Accelerator",
@@ -303,25 +366,63 @@ class LibvirtDriver:
         # libvirt has no words for QEMU's one thread for all; see the driver qemu.
         several = capabilities.accelerator == "tcg" and request.cpus > 1 and capabilities.arch == "x86_64"
         hangs = "several emulated processors: Linux may hang while it boots, once in some hundred times"
+        made = volumes(request, facts)
+        trace: dict[str, object] = {"uri": facts.uri}
+        if made:
+            trace |= {"pool": facts.pool, "volumes": [volume.name for volume in made]}
         return LaunchPlan(
             driver=self.name,
             argv=(facts.virsh, "-c", facts.uri, "--quiet", owner),
             environment=FIXED | ({MARK: request.mark} if request.mark else {}),
             stdin=build(request, facts),
-            notes=((fallback,) if fallback else ()) + nat + ((hangs,) if several else ()),
+            notes=((fallback,) if fallback else ())
+            + _there(facts, made)
+            + nat
+            + ((hangs,) if several else ()),
             data={
                 "virsh": facts.virsh,
                 "uri": facts.uri,
                 "name": name_of(mark),
                 "uuid": uuid,
                 "console": console_path(request),
+                "channel": request.channel,
                 "vsock": request.transport == "vsock",
+                "pool": facts.pool,
+                "volumes": [asdict(volume) for volume in made],
+                "carried": ["console", "channel"] if facts.elsewhere else [],
             },
-            trace={"uri": facts.uri},
+            trace=trace,
         )
+
+    def placed(self, capabilities: Capabilities, digest: str) -> str:
+        return placed(Facts.from_json(capabilities.data["facts"]), digest)
+
+    async def place(
+        self, capabilities: Capabilities, contents: Sequence[Content], told: elsewhere.Told
+    ) -> None:
+        await elsewhere.place(Facts.from_json(capabilities.data["facts"]), contents, told)
 
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[LibvirtMachine]:
+        made = [Volume(**one) for one in plan.data["volumes"]]
+        if not made:
+            async with self._launched(plan) as here:
+                yield here
+            return
+        virsh, uri, pool = plan.data["virsh"], plan.data["uri"], plan.data["pool"]
+        machine: LibvirtMachine | None = None
+        try:
+            await elsewhere.make_volumes(virsh, uri, pool, made)
+            async with self._launched(plan) as machine:
+                yield machine
+        finally:
+            # Where that fails, `Machine.kill` and `release` will tell.
+            with trio.CancelScope(shield=True), contextlib.suppress(DriverError):
+                if machine is None or not machine.discarded:
+                    await elsewhere.discard_volumes(virsh, uri, pool, [volume.name for volume in made])
+
+    @asynccontextmanager
+    async def _launched(self, plan: LaunchPlan) -> AsyncIterator[LibvirtMachine]:
         console = Path(plan.data["console"])
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(_listen(console))
@@ -339,13 +440,16 @@ class LibvirtDriver:
                     env={**environment(), **plan.environment},
                 )
             machine = LibvirtMachine(plan.data, child, listening)
+            marked = {**environment(), **plan.environment}
             async with open_background() as background:
                 background.start_soon(lambda: machine.follow(output))
                 background.start_soon(lambda: machine.read_log(log))
-                background.start_soon(lambda: machine.listen({**environment(), **plan.environment}))
+                background.start_soon(lambda: machine.listen(marked))
                 background.start_soon(machine.end_with_reboot)
                 background.start_soon(machine.watch)
                 background.start_soon(machine.take_console)
+                for kind in plan.data["carried"]:
+                    background.start_soon(partial(machine.carry, kind, plan.data[kind], marked))
                 try:
                     if plan.data["vsock"]:
                         await machine.learn_cid()
@@ -354,6 +458,10 @@ class LibvirtDriver:
                     with trio.CancelScope(shield=True):
                         try:
                             await machine.kill()
+                        except DriverError:
+                            # A host that cannot be reached is no defect: `kill` will tell again.
+                            if not plan.data["volumes"]:
+                                raise
                         finally:
                             await machine.close()
                             await output.aclose()
@@ -363,8 +471,21 @@ class LibvirtDriver:
         mark = str(handle.get("mark", ""))
         if "pid" in handle or mark:
             await terminate(handle)
-        facts = handle.get("uri") or probe.default_uri()
-        await destroy("virsh", str(facts), str(handle.get("uuid") or uuid_of(mark)))
+        uri = str(handle.get("uri") or probe.default_uri())
+        await destroy("virsh", uri, str(handle.get("uuid") or uuid_of(mark)))
+        if volumes := handle.get("volumes"):
+            await elsewhere.discard_volumes("virsh", uri, str(handle["pool"]), list(volumes))
+
+
+def _there(facts: Facts, made: Sequence[Volume]) -> tuple[str, ...]:
+    """What is to be said of a machine on another host."""
+    if not facts.elsewhere:
+        return ()
+    names = ", ".join(volume.name for volume in made)
+    return (
+        f"the machine runs on {facts.elsewhere}: image and build are kept in its storage pool {facts.pool} "
+        f"as {PREFIX}SHA256, and {names} are deleted in the end",
+    )
 
 
 def _listen(path: Path) -> socket.socket:
@@ -395,24 +516,6 @@ class _Late:
         if (stream := self._stream()) is None:
             raise StopAsyncIteration
         return await anext(Console(stream))
-
-
-class _Lines:
-    """What virsh prints, line by line, until it ends. No line of it is long."""
-
-    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
-        self._chunks = Console(stream)
-        self._lines: deque[bytes] = deque()
-        self._rest = b""
-
-    def __aiter__(self) -> _Lines:
-        return self
-
-    async def __anext__(self) -> str:
-        while not self._lines:
-            *lines, self._rest = (self._rest + await anext(self._chunks)).split(b"\n")
-            self._lines.extend(lines)
-        return self._lines.popleft().decode("utf-8", "replace").strip()
 
 
 @contextlib.contextmanager

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from kenaz_drivers._common.accelerator import (
 )
 from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
 from kenaz_drivers.libvirt.domain import Facts, machine_of
+from kenaz_drivers.libvirt.elsewhere import find_pool, is_here, require_library
 from kenaz_drivers.libvirt.virsh import call, failure
 
 PROBE_DEADLINE = 12.0
@@ -65,21 +65,28 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
     host = answer.text.splitlines()[0].strip()
     emulators = dict(_emulators(answer.text))
     reasons = [Reason(True, f"libvirt {facts.version} at {uri}")]
-    here = host == platform.node()
-    if not here:
-        raise DriverError(
-            f"{uri} is on {host}, which sees neither this host's disks nor its sockets",
-            hint="run the launcher on that host",
-        )
-    accelerator, chosen = _choose(
-        str(options.get("accel", "auto")), emulators, await _kvm(arch, emulators, options)
-    )
-    # libvirt opens it for QEMU. Its `domcapabilities` tell of the QEMU only, not of the host's device.
-    vsock = open_device("/dev/vhost-vsock", "vhost_vsock")
-    if vsock.works:
-        reasons.append(Reason(True, "/dev/vhost-vsock opens"))
+    here = await is_here(virsh, uri, host)
+    if here:
+        kvm = await _kvm(arch, emulators, options)
+        # libvirt opens it for QEMU. Its `domcapabilities` tell of the QEMU only, not of the host's device.
+        vsock = open_device("/dev/vhost-vsock", "vhost_vsock")
+        if vsock.works:
+            reasons.append(Reason(True, "/dev/vhost-vsock opens"))
+        else:
+            reasons.append(Reason(False, f"{vsock.text}: the channel goes over virtio-serial", vsock.mend))
     else:
-        reasons.append(Reason(False, f"{vsock.text}: the channel goes over virtio-serial", vsock.mend))
+        if not options.get("uri"):
+            raise DriverError(
+                f"{uri} is on {host}, where sessions are placed only by name",
+                hint=f"driverOptions.libvirt.uri: {uri}",
+            )
+        await require_library()
+        pool = str(options.get("pool", "default"))
+        target, room = await find_pool(virsh, uri, host, pool)
+        facts = replace(facts, owner=None, elsewhere=host, pool=pool, target=target)
+        reasons.append(Reason(True, f"machines run on {host}; its storage pool {pool} has {room}"))
+        kvm = None if options.get("accel") == "tcg" else _kvm_elsewhere(emulators, host)
+    accelerator, chosen = _choose(str(options.get("accel", "auto")), emulators, kvm)
     fallback = "; ".join(reason.text for reason in chosen if not reason.ok)
     return Capabilities(
         usable=bool(accelerator),
@@ -87,9 +94,10 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
         arch=arch,
         accelerator=accelerator or "none",
         deadline_scale=TCG_SCALE if accelerator == "tcg" else 1.0,
-        transports=("vsock", "virtio-serial") if vsock.works else ("virtio-serial",),
-        disk_formats=("qcow2", "raw"),
+        transports=("vsock", "virtio-serial") if here and vsock.works else ("virtio-serial",),
+        disk_formats=("qcow2", "raw") if here else ("volume",),
         assigns_cid=True,
+        elsewhere=facts.elsewhere,
         data={"facts": json.loads(json.dumps(asdict(facts))), "fallback": fallback},
     )
 
@@ -132,6 +140,13 @@ async def _kvm(arch: str, emulators: dict[str, str], options: JsonObject) -> Ver
     cache.keep("kvm", verdict)
     cache.save()
     return verdict
+
+
+def _kvm_elsewhere(emulators: dict[str, str], host: str) -> Verdict:
+    """Nobody can try it from here."""
+    if "kvm" in emulators:
+        return Verdict(True, f"libvirt on {host} has KVM for such guests, which was not tried")
+    return Verdict(False, f"libvirt on {host} has no KVM for such guests", "accel: tcg")
 
 
 def _choose(wanted: str, emulators: dict[str, str], kvm: Verdict | None) -> tuple[str, list[Reason]]:

@@ -48,6 +48,7 @@ _HINTS = (
     ('Failed to get "', "another machine uses this disk; end that one first"),
     ("cannot set up guest memory", "give the machine less memory"),
     ("Cannot allocate memory", "give the machine less memory"),
+    ("without qemu-img", "install qemu-utils on that host"),
     ("No space left on device", "free some space"),
     ("Permission denied", "let the user that libvirt runs QEMU as read that file"),
     ("Host key verification failed", "add the host to your known_hosts: ssh to it once"),

@@ -60,7 +60,8 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
     """
     if not base.is_absolute():
         raise ValueError(f"the base of a disk needs an absolute path, not {base}")
-    _check(base, base_format, disk_format, size)
+    check_base(base, base_format, size)
+    _check_format(base_format, disk_format)
     file, cloned = _begin(path, base, disk_format)
     try:
         path.chmod(0o600)
@@ -90,7 +91,8 @@ def _begin(path: Path, base: Path, disk_format: str) -> tuple[int, bool]:
         raise
 
 
-def _check(base: Path, base_format: str, disk_format: str, size: int) -> None:
+def check_base(base: Path, base_format: str, size: int) -> None:
+    """Raises DiskError when no disk of `size` bytes can begin as `base`; OSError when that cannot be read."""
     found = inspect_disk(base)
     if found.format != base_format:
         raise DiskError(
@@ -101,6 +103,9 @@ def _check(base: Path, base_format: str, disk_format: str, size: int) -> None:
             f"a disk of {size} bytes is smaller than its image of {found.virtual_size} bytes",
             "raise spec.machine.disk",
         )
+
+
+def _check_format(base_format: str, disk_format: str) -> None:
     if disk_format not in {"qcow2", "raw"}:
         raise DiskError(f"no disk can be made in the format {disk_format}")
     if (disk_format, base_format) == ("raw", "qcow2"):

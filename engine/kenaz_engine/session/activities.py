@@ -12,13 +12,14 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from kenaz_drivers.contract import DriverError, LaunchPlan, Machine, Screen
+from kenaz_drivers.contract import Content, DriverError, LaunchPlan, Machine, Placing, Screen
 from kenaz_engine.channel.transports import Listener, TransportError
 from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
@@ -29,16 +30,19 @@ from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.builds import Build, Offered
 from kenaz_engine.images.catalog import default_cache
 from kenaz_engine.images.config_disk import environment_file, write_config_disk
-from kenaz_engine.images.disks import create_disk
+from kenaz_engine.images.disks import check_base, create_disk
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.locks import Held
 from kenaz_engine.images.manifest import Image
-from kenaz_engine.images.transfer import Notice, Progress, Watch
+from kenaz_engine.images.store import digest_of
+from kenaz_engine.images.transfer import Meter, Notice, Progress, Watch
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.console import Console
 from kenaz_engine.session.guest import (
     ENVIRONMENT_FILE,
+    MADE_THERE,
     Layout,
+    contents_of,
     disk_formats,
     guest_variables,
     launch_request,
@@ -212,7 +216,31 @@ class Activities:
             for one in held:
                 one.close()
             raise
+        if self._prepared.capabilities.elsewhere:
+            image = await self._place(image)
         self._image = image
+
+    async def _place(self, image: Image) -> Image:
+        """Has the driver bring all that is never changed to the host of the machine. A disk of the user's
+        own gets its digest here, by which it is known there."""
+        driver, capabilities = self._prepared.driver, self._prepared.capabilities
+        assert isinstance(driver, Placing)
+        root = image.parts["root"]
+        if not root.sha256:
+            digest = await trio.to_thread.run_sync(digest_of, root.path, abandon_on_cancel=True)
+            image = replace(image, parts={**image.parts, "root": replace(root, sha256=digest)})
+        contents = contents_of(image, self._build)
+        meters = {
+            content: Meter(f"{name} to {capabilities.elsewhere}", 0) for name, content in contents.items()
+        }
+
+        def told(content: Content, done: int, whole: int, waiting: bool) -> None:
+            meter = meters[content]
+            meter.total, meter.waiting = whole, waiting
+            self._seen(meter.at(trio.current_time(), done))
+
+        await driver.place(capabilities, list(contents.values()), told)
+        return image
 
     async def _ensure_build(self, offered: Offered) -> Held:
         from kenaz_engine.images.builds import ensure_build
@@ -237,6 +265,11 @@ class Activities:
         config = self._layout.disk("config", config_format)
         build = self._build or (self._prepared.build.planned if self._prepared.build else None)
 
+        if root_format == MADE_THERE:
+            assert self._image is not None
+            base = self._image.parts["root"]
+            check_base(base.path, self._image.root_format, self._prepared.resolved.machine.disk)
+
         async def make_root() -> tuple[Made, None]:
             if self._image is None:
                 root.mkdir(mode=0o700)
@@ -257,8 +290,9 @@ class Activities:
                 (write_directory if directory else write_config_disk)(config, files)
             return made_directory(config) if directory else made_file(config), None
 
-        kind = "directory" if root_format == "directory" else "file"
-        await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
+        if root_format != MADE_THERE:
+            kind = "directory" if root_format == "directory" else "file"
+            await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
         await self._listen(work)
         kind = "directory" if config_format == "directory" else "file"
         await work.ledger.acquire("config", kind, {"path": str(config)}, make_config)

@@ -7,11 +7,11 @@ import re
 import secrets
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
+from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Content, Disk, LaunchRequest, Placing
 from kenaz_engine.channel.transports.hybrid import guest_path
 from kenaz_engine.images.builds import Build
 from kenaz_engine.images.manifest import Image
@@ -20,6 +20,9 @@ from kenaz_engine.session.prepared import Prepared
 
 ENVIRONMENT_FILE = "kenaz.env"
 """The file on the config disk; systemd's EnvironmentFile syntax."""
+
+MADE_THERE = "volume"
+"""The format of a root disk that the driver makes on another host."""
 
 _CONNECTOR = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
@@ -139,6 +142,38 @@ def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple
     return (sys.executable, "-I", str(agent), "--env", str(config), "--root", str(root))
 
 
+def contents_of(image: Image, build: Build | None) -> dict[str, Content]:
+    """The files that a machine needs and never changes, by what they are for."""
+    contents = {name: Content(str(part.path), part.sha256) for name, part in image.parts.items()}
+    if build is not None:
+        contents["workbench"] = Content(str(build.path), build.digest.removeprefix("sha256:"))
+    return contents
+
+
+def _moved(request: LaunchRequest, prepared: Prepared, image: Image, build: Build | None) -> LaunchRequest:
+    """The same for a driver whose machine is on another host: what never changes has the path that it has
+    there, and the root disk is the driver's to make."""
+    driver, size = prepared.driver, prepared.resolved.machine.disk
+    assert isinstance(driver, Placing)
+    there = {
+        name: driver.placed(prepared.capabilities, content.digest)
+        for name, content in contents_of(image, build).items()
+    }
+
+    def moved(disk: Disk) -> Disk:
+        if disk.role == "root":
+            base = there["root"]
+            return Disk("root", "", MADE_THERE, base=base, base_format=image.root_format, size=size)
+        return replace(disk, path=there["workbench"]) if disk.role == "workbench" else disk
+
+    return replace(
+        request,
+        kernel=there.get("kernel", ""),
+        initrd=there.get("initrd", ""),
+        disks=tuple(map(moved, request.disks)),
+    )
+
+
 def launch_request(
     prepared: Prepared,
     layout: Layout,
@@ -153,7 +188,7 @@ def launch_request(
     resolved = prepared.resolved
     root, config = disk_formats(prepared, image)
     workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
-    return LaunchRequest(
+    request = LaunchRequest(
         session=resolved.id,
         directory=str(layout.directory),
         runtime=str(layout.sockets),
@@ -179,3 +214,4 @@ def launch_request(
         mark=layout.mark,
         options=resolved.driver_options.get(prepared.driver.name, {}),
     )
+    return _moved(request, prepared, image, build) if image and prepared.capabilities.elsewhere else request

@@ -1,0 +1,182 @@
+"""What is done where the URI leads to another host: by libvirt itself, into a storage pool of that host.
+
+See docs/decisions/0024-libvirt-elsewhere.md.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import trio
+
+from kenaz_drivers._common.output import LogTail
+from kenaz_drivers._common.process import capture, open_pipe, spawn
+from kenaz_drivers.contract import Content, DriverError
+from kenaz_drivers.libvirt.domain import PREFIX, Facts, Volume
+from kenaz_drivers.libvirt.lines import Lines
+from kenaz_drivers.libvirt.virsh import CALL_DEADLINE, call, environment, failure
+
+Told = Callable[[Content, int, int, bool], None]
+"""As `Placing.place` has it."""
+
+STREAMS = (sys.executable, "-I", "-S", str(Path(__file__).with_name("streams.py")))
+"""The program that carries what virsh does not; see there."""
+
+LOAD_DEADLINE = 5.0
+"""Seconds for that program to find libvirt's library. It takes 0.1."""
+
+DISCARD_DEADLINE = 8.0
+"""Seconds for volumes to go. A machine's release has 15, of which its domain takes up to 1 as a rule."""
+
+_AGAIN = 0.2
+"""Seconds after which a volume in use is tried again: an upload that broke off is not over at once."""
+
+_POOLS = ("dir", "fs", "netfs")
+"""The types of pools whose volumes are files, as a kernel must be."""
+
+
+async def is_here(virsh: str, uri: str, host: str) -> bool:
+    """Whether the libvirt behind that URI, on a host of that name, is on this host and sees its files.
+
+    Another name is another host. The same name proves nothing across a network, for many hosts are called
+    `localhost`: there libvirt is asked what it makes of a file that was made just now, and of one that never
+    was. Who cannot tell them apart is elsewhere. Raises DriverError when no file can be made.
+    """
+    if host.split(".", maxsplit=1)[0] != platform.node().split(".")[0]:
+        return False
+    if not urlsplit(uri).hostname:
+        return True  # a UNIX socket
+    try:
+        with tempfile.NamedTemporaryFile(prefix=PREFIX) as file:
+            told = [await _told(virsh, uri, path) for path in (file.name, f"{file.name}-not")]
+    except OSError as error:
+        raise DriverError(f"whether {uri} leads to this host cannot be found out: {error}") from error
+    return told[0] != told[1]
+
+
+async def _told(virsh: str, uri: str, path: str) -> str:
+    """What libvirt says of a file as an emulator, without the file's name."""
+    words = ("domcapabilities", "--virttype", "qemu", "--emulatorbin", path)
+    return (await call(virsh, uri, *words)).text.replace(path, "")
+
+
+async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, str]:
+    """The directory of that pool on that host, and how much room it has, in words. Raises DriverError."""
+    done = await call(virsh, uri, f"pool-info {name}; pool-dumpxml {name}")
+    if done.code:
+        raise DriverError(
+            str(failure(f"the disks cannot be put on {host}", done.text)),
+            hint=f"virsh -c '{uri}' pool-define-as {name} dir --target DIRECTORY, then pool-start {name}; "
+            "or driverOptions.libvirt.pool: NAME of another",
+        )
+    state = re.search(r"^State: +(\S+)", done.text, re.MULTILINE)
+    if state is None or state[1] != "running":
+        raise DriverError(
+            f"the storage pool {name} on {host} is not active", hint=f"virsh -c '{uri}' pool-start {name}"
+        )
+    kind = re.search(r"<pool type='([^']*)'", done.text)
+    target = re.search(r"<path>(/[^<&]*)</path>", done.text)
+    if kind is None or kind[1] not in _POOLS or target is None:
+        raise DriverError(
+            f"the storage pool {name} on {host} is of the type {kind[1] if kind else 'unknown'}, "
+            f"and a kernel must be a file",
+            hint=f"a pool of type {', '.join(_POOLS)}",
+        )
+    room = re.search(r"^Available: +(.*\S)", done.text, re.MULTILINE)
+    return target[1], f"{room[1] if room else 'unknown room'} free"
+
+
+async def require_library() -> None:
+    """Raises DriverError where streams cannot be carried."""
+    done = await capture(STREAMS, deadline=LOAD_DEADLINE)
+    if done.code:
+        raise DriverError(
+            f"the channel of a machine elsewhere needs libvirt's library: {done.text.strip()}",
+            hint="apt install libvirt0",
+        )
+
+
+# --- what stays there ---------------------------------------------------------------------------------------
+
+
+async def place(facts: Facts, contents: Sequence[Content], told: Told) -> None:
+    """Brings these files into the pool, but for what is there already. Raises DriverError."""
+    words = [word for content in contents for word in (content.path, f"{PREFIX}{content.digest}")]
+    log = LogTail()
+    with open_pipe() as (output, theirs):
+        child = spawn(
+            [*STREAMS, facts.uri, "upload", facts.pool, *words],
+            stdout=theirs,
+            stderr=theirs,
+            env=environment(),
+        )
+    async with output:
+        try:
+            async for line in Lines(output):
+                if found := re.fullmatch(r"(\d+) (\d+|waiting) (\d+)", line):
+                    waiting = found[2] == "waiting"
+                    done = 0 if waiting else int(found[2])
+                    told(contents[int(found[1])], done, int(found[3]), waiting)
+                else:
+                    log.feed(f"{line}\n".encode())
+            code = await child.wait()
+        finally:
+            await child.end()
+    if code:
+        raise failure(
+            f"the image cannot be put into the storage pool {facts.pool} on {facts.elsewhere}",
+            "\n".join(log.lines()),
+        )
+
+
+# --- what is a machine's own --------------------------------------------------------------------------------
+
+
+def creation(pool: str, volume: Volume, size: int) -> str:
+    """The command that makes a volume of `size` bytes. No word of it needs a quote."""
+    made = f"vol-create-as {pool} {volume.name} {size}"
+    if volume.source:
+        return f"{made} --format raw"
+    base = volume.base.rpartition("/")[2]
+    return f"{made} --format qcow2 --backing-vol {base} --backing-vol-format {volume.base_format}"
+
+
+async def make_volumes(virsh: str, uri: str, pool: str, volumes: Sequence[Volume]) -> None:
+    """Makes them. Raises DriverError; some may have been made by then."""
+    sizes = {volume: Path(volume.source).stat().st_size for volume in volumes if volume.source}
+    made = "; ".join(creation(pool, volume, sizes.get(volume, volume.size)) for volume in volumes)
+    filled = [("vol-upload", "--pool", pool, volume.name, volume.source) for volume in sizes]
+    for words in ((made,), *filled):
+        done = await call(virsh, uri, *words)
+        if done.code is None:
+            raise DriverError(f"no disk was made in the storage pool {pool} within {CALL_DEADLINE:g} s")
+        if done.code or "error: " in done.text:
+            raise failure(f"no disk can be made in the storage pool {pool}", done.text)
+
+
+async def discard_volumes(virsh: str, uri: str, pool: str, names: Sequence[str]) -> None:
+    """Deletes those that are there. Raises DriverError when some may still be there."""
+    words = "; ".join([*(f"vol-delete --pool {pool} {name}" for name in names), f"vol-list --pool {pool}"])
+    more: Mapping[str, str] = {"LIBVIRT_AUTOSTART": "1"}
+    text, left = "", list(names)
+    with trio.move_on_after(DISCARD_DEADLINE):
+        while left:
+            done = await call(virsh, uri, words, more=more)
+            text = done.text
+            left = [name for name in names if done.code or _listed(name, text)]
+            if left and not re.search("still (?:in use|being allocated)", text):
+                break
+            if left:
+                await trio.sleep(_AGAIN)
+    if left:
+        raise failure(f"the disks {', '.join(left)} in the storage pool {pool} cannot be deleted", text)
+
+
+def _listed(name: str, text: str) -> bool:
+    return re.search(rf"^ *{re.escape(name)} +/", text, re.MULTILINE) is not None
