@@ -353,7 +353,7 @@ async def test_a_path_that_is_known_is_told(
 async def test_an_error_without_a_path_is_told(
     autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activities, "listen_unix", full)
+    monkeypatch.setattr(activities, "listen_local", full)
     result = await whole.run(await whole.prepare())
     assert result.outcome.verdict == "disks could not be made: the system: No space left on device"
 

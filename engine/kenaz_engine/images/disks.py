@@ -18,6 +18,7 @@ from kenaz_engine.images import qcow2
 from kenaz_engine.images.clonefile import clone_file
 from kenaz_engine.images.diskfile import inspect_disk
 from kenaz_engine.images.errors import ImageError
+from kenaz_engine.openflags import PLAIN
 
 _CHUNK = 16 << 20  # bytes copied at once: some 10 ms, after which a cancel is heard
 
@@ -81,10 +82,10 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
 def _begin(path: Path, base: Path, disk_format: str) -> tuple[int, bool]:
     """A new file, open, and whether it is a clone of the base already. A base may be nobody's to write."""
     if disk_format != "raw" or not clone_file(base, path):
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), False
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o600), False
     try:
         path.chmod(0o600)
-        return os.open(path, os.O_WRONLY), True
+        return os.open(path, os.O_WRONLY | PLAIN), True
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -122,7 +123,7 @@ def _write_overlay(file: int, base: Path, base_format: str, size: int) -> None:
 
 
 async def _copy(file: int, base: Path) -> str:
-    source = os.open(base, os.O_RDONLY)
+    source = os.open(base, os.O_RDONLY | PLAIN)
     try:
         if _reflink(source, file):
             how = "reflink"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from kenaz_drivers.contract import DriverError, LaunchPlan, Machine, Screen
+from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports import Listener, TransportError
-from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
-from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.channel.transports.local import LocalListener, listen_local
+from kenaz_engine.channel.transports.tcp import ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.vfkit import listen_vfkit
 from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial
 from kenaz_engine.channel.transports.vsock import Claim, VsockListener, claim_cid, listen_vsock
@@ -74,7 +76,7 @@ ALARM_LENGTH = 200
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
 
-_LISTEN: Mapping[str, Callable[[str], UnixListener | SerialPort]] = {
+_LISTEN: Mapping[str, Callable[[str], LocalListener | SerialPort]] = {
     "virtio-serial": listen_serial,
     "vfkit": listen_vfkit,
 }
@@ -297,7 +299,7 @@ class Activities:
         path = self._layout.listening(transport, wanted)
 
         async def make_socket() -> tuple[Made, None]:
-            self._listener = listener = _LISTEN.get(transport, listen_unix)(path)
+            self._listener = listener = _LISTEN.get(transport, listen_local)(path)
             return Made(file_handle(Path(path)), listener.aclose), None
 
         await work.ledger.acquire("socket", "socket", {"path": path}, make_socket)
@@ -500,9 +502,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """The config disk as a directory, for drivers that run no machine: 0700, its files 0400."""
+    """The config disk as a directory, for drivers that run no machine: 0700, its files 0400. On Windows what
+    is read-only could not be removed."""
+    mode = 0o600 if sys.platform == "win32" else 0o400
     path.mkdir(mode=0o700)
     for name, content in files.items():
-        file = os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        file = os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(file, "wb") as stream:
             stream.write(content)

@@ -29,7 +29,7 @@ from typing import Any
 import trio
 
 from kenaz_drivers.host import is_alive as process_is_alive
-from kenaz_engine.channel.transports.unix import SUN_PATH
+from kenaz_engine.channel.transports.local import LONGEST_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.session.locks import Lock, is_locked, try_lock
 from kenaz_engine.shortage import what_to_do
@@ -81,7 +81,7 @@ def runtime_home() -> Path:
 
 def fits_socket(path: Path) -> bool:
     """True when a socket can have that path."""
-    return len(os.fsencode(path)) < SUN_PATH
+    return len(os.fsencode(path)) <= LONGEST_PATH
 
 
 def socket_directory(directory: Path) -> Path:
@@ -98,7 +98,7 @@ def socket_directory(directory: Path) -> Path:
     longest = candidates[-1] / max(SOCKETS, key=len)
     raise DirectoryError(
         f"a socket's path would be too long: {longest} has {len(os.fsencode(longest))} bytes, "
-        f"{SUN_PATH - 1} are possible",
+        f"{LONGEST_PATH} are possible",
         "set XDG_RUNTIME_DIR to a shorter directory",
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
 from kenaz_engine.channel.transports.hybrid import guest_path
+from kenaz_engine.channel.transports.local import SCHEME
 from kenaz_engine.images.builds import Build
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
@@ -90,7 +91,7 @@ def guest_address(prepared: Prepared, layout: Layout, port: int) -> str:
         case "vsock" | "vhost-user-vsock" | "vfkit" | "hyperv":
             return f"vsock:2:{port}"
         case _:
-            return f"unix:{layout.channel}"
+            return f"{SCHEME}:{layout.channel}"
 
 
 def guest_variables(
