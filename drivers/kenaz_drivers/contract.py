@@ -101,8 +101,9 @@ class Disk:
 class LaunchRequest:
     """Everything `plan` may depend on. Paths are absolute; `memory` is in bytes.
 
-    `channel` is the path of the UNIX socket on which the launcher listens (empty for AF_VSOCK, where `cid`
-    says where the guest will dial from, and for `tcp`). For `vhost-user-vsock` it ends in `_PORT`, the number
+    `channel` is the path of the UNIX socket on which the launcher listens, or on Windows of the file that
+    stands for one: `kenaz_drivers.host.dial_local` (empty for AF_VSOCK, where `cid` says where the guest will
+    dial from, and for `tcp`). For `vhost-user-vsock` it ends in `_PORT`, the number
     that the guest will dial. `runtime` is a short directory for sockets of the driver's own; `directory` is
     the session's state directory. `agent` is the command that *is* the guest for drivers that run no machine.
     `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `vfkit`, `hyperv` (where the

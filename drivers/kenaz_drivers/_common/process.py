@@ -27,6 +27,7 @@ from kenaz_drivers.contract import MARK, DriverError, JsonObject
 
 if sys.platform == "win32":
     from kenaz_drivers._common import windows
+    from kenaz_drivers._common.winpipes import output_pipe
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -98,7 +99,7 @@ class ChildProcess:
 if sys.platform == "win32":
 
     def _pipe() -> tuple[Any, int]:
-        raise DriverError("a child's output cannot be read on this platform", hint="use WSL")
+        return output_pipe()
 
 else:
 
