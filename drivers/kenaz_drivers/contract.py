@@ -106,7 +106,8 @@ class LaunchRequest:
     dial from, and for `tcp`). For `vhost-user-vsock` it ends in `_PORT`, the number
     that the guest will dial. `runtime` is a short directory for sockets of the driver's own; `directory` is
     the session's state directory. `agent` is the command that *is* the guest for drivers that run no machine.
-    `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `vfkit`, `hyperv` (where the
+    On Windows QEMU's virtio-serial port connects to `ADDRESS:PORT` instead. `transport` is one of
+    `virtio-serial`, `vsock`, `vhost-user-vsock`, `vfkit`, `hyperv` (where the
     handle has the machine's id, as `vm`, before `ready`), `unix`, `tcp`. For `tcp` the driver
     forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is 0 where it
     is not known yet. `display` is `none`, `window`, or `vnc`, for which `runtime` has a directory `screen`,

@@ -8,6 +8,7 @@ from kenaz_drivers._common.background import Background, open_background
 from kenaz_drivers._common.identity import boot_id, identify, is_alive
 from kenaz_drivers._common.loopback import LOOPBACK, PATIENCE, dial_local, dial_loopback, read_line
 from kenaz_drivers._common.output import Console, LogTail, describe_end
+from kenaz_drivers._common.ports import port_owner
 from kenaz_drivers._common.process import Captured, ChildProcess, capture, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
 
@@ -28,6 +29,7 @@ __all__ = [
     "is_alive",
     "open_background",
     "open_pipe",
+    "port_owner",
     "read_line",
     "spawn",
     "terminate",

@@ -18,9 +18,9 @@ import trio
 from kenaz_drivers.host import PATIENCE, dial_loopback
 from kenaz_engine.channel.harness import connect_harness
 from kenaz_engine.channel.protocol import Limits
-from kenaz_engine.channel.transports import Accepted, TransportError
+from kenaz_engine.channel.transports import Accepted, TransportError, virtio_serial
 from kenaz_engine.channel.transports.local import require_private_directories
-from kenaz_engine.channel.transports.loopback import CALLERS, LoopbackListener, listen_loopback
+from kenaz_engine.channel.transports.loopback import CALLERS, LoopbackListener, listen_loopback, listen_owned
 
 OPEN: list[trio.abc.Stream] = []
 """What the tests have dialled and been given: closed with the listener."""
@@ -222,3 +222,38 @@ def test_a_python_that_keeps_nobody_out_of_directories_is_refused() -> None:
     with pytest.raises(TransportError, match="no directory") as caught:
         require_private_directories((3, 12, 3))
     assert "3.12.4" in caught.value.hint
+
+
+async def test_a_program_that_can_say_no_secret_is_known_by_its_process() -> None:
+    """QEMU on Windows: whoever else connects, and were he first, is turned away."""
+    owners: dict[int, int] = {}
+    listener = listen_owned(lambda here, there: owners.get(here, 0) if there == listener.port else 0)
+    assert listener.address == f"tcp:127.0.0.1:{listener.port}"
+    stranger = await trio.open_tcp_stream("127.0.0.1", listener.port)
+    qemu = await trio.open_tcp_stream("127.0.0.1", listener.port)
+    owners |= {stranger.socket.getsockname()[1]: 6, qemu.socket.getsockname()[1]: 7}
+    with trio.move_on_after(0.05):
+        await listener.accept()
+        raise AssertionError("nobody is expected yet")
+    listener.expect(7)
+    accepted = await listener.accept()
+    assert accepted.peer == "process 7"
+    assert await stranger.receive_some() == b""
+    await qemu.send_all(b"x")
+    assert await accepted.stream.receive_some() == b"x"
+    for stream in (stranger, qemu, accepted.stream):
+        await stream.aclose()
+    await listener.aclose()
+
+
+async def test_a_serial_port_can_be_such_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = listen_owned(lambda here, there: 7)
+    monkeypatch.setattr(virtio_serial, "listen_owned", lambda: listener)
+    port = virtio_serial.listen_serial_port()
+    assert port.port_address == f"127.0.0.1:{listener.port}"
+    port.expect(7)
+    async with await trio.open_tcp_stream("127.0.0.1", listener.port) as qemu:
+        await qemu.send_all(b"x")
+        async with (await port.accept()).stream as stream:
+            assert await stream.receive_some() == b"x"
+    await port.aclose()

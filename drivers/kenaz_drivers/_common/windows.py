@@ -9,6 +9,7 @@ winnt.h. Run under Wine 8.0, not on Windows yet.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from ctypes import byref, sizeof
 from typing import Any
@@ -94,6 +95,13 @@ else:
     def last_error() -> int:
         """Nothing is known."""
         return 0
+
+
+def needed_environment(*names: str) -> dict[str, str]:
+    """The variables without which no program of Windows finds its sockets, and those besides; empty
+    elsewhere."""
+    wanted = ("SYSTEMROOT", *names) if sys.platform == "win32" else ()
+    return {name: os.environ[name] for name in wanted if name in os.environ}
 
 
 def started(kernel: Any, pid: int) -> str:

@@ -21,6 +21,7 @@ from kenaz_drivers._common.background import open_background
 from kenaz_drivers._common.output import Console, describe_end
 from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
+from kenaz_drivers._common.windows import needed_environment
 from kenaz_drivers.contract import (
     MARK,
     Capabilities,
@@ -158,11 +159,7 @@ class ProcessDriver:
 
     async def probe(self, arch: str, options: JsonObject) -> Capabilities:
         await trio.lowlevel.checkpoint()
-        data: JsonObject = {}
-        if sys.platform == "win32":
-            # Without the first no program finds its sockets there.
-            names = ("SYSTEMROOT", "PATH", "TEMP")
-            data = {"environment": {name: os.environ[name] for name in names if name in os.environ}}
+        needed = needed_environment("PATH", "TEMP")
         return Capabilities(
             usable=True,
             reasons=(Reason(True, _NO_ISOLATION),),
@@ -171,7 +168,7 @@ class ProcessDriver:
             disk_formats=("directory",),
             boots_image=False,
             isolates=False,
-            data=data,
+            data={"environment": needed} if needed else {},
         )
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:

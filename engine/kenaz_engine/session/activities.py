@@ -22,10 +22,10 @@ import trio
 from kenaz_drivers.contract import DriverError, LaunchPlan, Machine, Screen
 from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports import Listener, TransportError
-from kenaz_engine.channel.transports.local import LocalListener, listen_local
+from kenaz_engine.channel.transports.local import SERIAL_BY_PORT, LocalListener, listen_local
 from kenaz_engine.channel.transports.tcp import ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.vfkit import listen_vfkit
-from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial
+from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial, listen_serial_port
 from kenaz_engine.channel.transports.vsock import Claim, VsockListener, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.builds import Build, Offered
@@ -296,6 +296,14 @@ class Activities:
 
             await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_port)
             return
+        if transport == "virtio-serial" and SERIAL_BY_PORT:
+
+            async def make_serial() -> tuple[Made, None]:
+                self._listener = port = listen_serial_port()
+                return Made({"address": port.address}, port.aclose), None
+
+            await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_serial)
+            return
         path = self._layout.listening(transport, wanted)
 
         async def make_socket() -> tuple[Made, None]:
@@ -318,8 +326,15 @@ class Activities:
     async def _start_machine(self, work: Work) -> None:
         cid = self._claim.cid if self._claim else None
         forward = self._listener.port if isinstance(self._listener, ForwardedPort) else 0
+        channel = self._listener.port_address if isinstance(self._listener, SerialPort) else ""
         request = launch_request(
-            self._prepared, self._layout, self._image, self._build, cid=cid, forward=forward
+            self._prepared,
+            self._layout,
+            self._image,
+            self._build,
+            cid=cid,
+            forward=forward,
+            channel=channel,
         )
         plan = self._prepared.driver.plan(request)
 
@@ -337,6 +352,8 @@ class Activities:
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
         if isinstance(self._listener, VsockListener) and cid is None:
             self._listener.expect(int(machine.handle["cid"]))
+        if isinstance(self._listener, SerialPort) and "pid" in machine.handle:
+            self._listener.expect(int(machine.handle["pid"]))
         try:
             await machine.ready()
         finally:

@@ -12,8 +12,9 @@ from importlib import resources
 from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Disk, LaunchRequest
+from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports.hybrid import guest_path
-from kenaz_engine.channel.transports.local import SCHEME
+from kenaz_engine.channel.transports.local import SCHEME, SERIAL_BY_PORT
 from kenaz_engine.images.builds import Build
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.session.lifecycles import executes
@@ -47,10 +48,13 @@ class Layout:
         return self.sockets / "vsock"
 
     def listening(self, transport: str, port: int) -> str:
-        """The path of the socket on which the launcher listens for the guest; empty for AF_VSOCK."""
+        """The path of the socket on which the launcher listens for the guest; empty for AF_VSOCK. Where the
+        hypervisor connects to a port instead, one stands for it that is not taken yet."""
         match transport:
             case "vsock" | "tcp" | "hyperv":
                 return ""
+            case "virtio-serial" if SERIAL_BY_PORT:
+                return f"{LOOPBACK}:{port}"
             case "vhost-user-vsock":
                 return guest_path(self.vsock, port)
             case _:
@@ -148,9 +152,11 @@ def launch_request(
     *,
     cid: int | None = None,
     forward: int = 0,
+    channel: str = "",
 ) -> LaunchRequest:
     """What the driver plans from. `image` is None for drivers that boot none, which get no `build` either.
-    `forward` is a port of 127.0.0.1, 0 until there is one."""
+    `forward` is a port of 127.0.0.1, 0 until there is one; `channel` is where the launcher listens,
+    where that is no path that follows from the layout."""
     resolved = prepared.resolved
     root, config = disk_formats(prepared, image)
     workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
@@ -161,7 +167,7 @@ def launch_request(
         cpus=resolved.machine.cpus,
         memory=resolved.machine.memory,
         transport=prepared.transport,
-        channel=layout.listening(prepared.transport, resolved.channel.port),
+        channel=channel or layout.listening(prepared.transport, resolved.channel.port),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
         kernel=str(image.kernel) if image and image.kernel else "",

@@ -12,6 +12,9 @@ from kenaz_engine.channel.transports.unix import SUN_PATH, UnixListener, listen_
 
 LocalListener = UnixListener | LoopbackListener
 
+SERIAL_BY_PORT = sys.platform == "win32"
+"""Whether a hypervisor connects its virtio-serial port to a port of 127.0.0.1: it knows no secrets."""
+
 LEAST_PYTHON = (3, 12, 4)
 """The first that lets nobody else into a directory that it makes with the mode 0700 on Windows."""
 

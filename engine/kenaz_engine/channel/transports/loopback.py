@@ -13,12 +13,13 @@ import os
 import secrets
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import trio
 
-from kenaz_drivers.host import LOOPBACK, PATIENCE, read_line
+from kenaz_drivers.host import LOOPBACK, PATIENCE, port_owner, read_line
 from kenaz_engine.channel.transports import Accepted, TransportError
 from kenaz_engine.channel.transports.unix import BACKLOG, accept_socket
 from kenaz_engine.shortage import what_to_do
@@ -74,10 +75,10 @@ class LoopbackListener:
             try:
                 while not self._proven:
                     caller = _Caller(await accept_socket(self._socket))
-                    if len(self._callers) >= CALLERS:
-                        await trio.aclose_forcefully(self._callers[0].stream)
-                    self._callers.append(caller)
+                    self._callers.append(caller)  # from here on it is closed on every path
                     nursery.start_soon(self._hear, caller, nursery.cancel_scope)
+                    if len(self._callers) > CALLERS:
+                        await trio.aclose_forcefully(self._callers[0].stream)
             except (TransportError, trio.ClosedResourceError) as exc:
                 failure = exc
             nursery.cancel_scope.cancel()
@@ -109,6 +110,51 @@ class LoopbackListener:
             if (status.st_dev, status.st_ino) == self._file:
                 self.path.unlink()
         await trio.lowlevel.checkpoint()
+
+
+class OwnedPort:
+    """A port of 127.0.0.1 for one program that can say no secret, such as QEMU: it is known by its process.
+    Made by `listen_owned`."""
+
+    def __init__(self, listening: trio.socket.SocketType, owner: Callable[[int, int], int]) -> None:
+        self.port: int = listening.getsockname()[1]
+        self._socket = listening
+        self._owner = owner
+        self._pid = 0
+        self._known = trio.Event()
+
+    @property
+    def address(self) -> str:
+        """`tcp:ADDRESS:PORT`."""
+        return f"tcp:{LOOPBACK}:{self.port}"
+
+    def expect(self, pid: int) -> None:
+        """Names the process that may connect, which has been started by now."""
+        self._pid = pid
+        self._known.set()
+
+    async def accept(self) -> Accepted:
+        """The next connection of that process; others are closed. Raises TransportError."""
+        await self._known.wait()
+        while True:
+            connected = await accept_socket(self._socket)
+            try:
+                if self._owner(connected.getpeername()[1], self.port) == self._pid:
+                    return Accepted(trio.SocketStream(connected), f"process {self._pid}")
+            except OSError:  # gone again
+                pass
+            connected.close()
+
+    async def aclose(self) -> None:
+        """Stops listening. Idempotent."""
+        self._socket.close()
+        await trio.lowlevel.checkpoint()
+
+
+def listen_owned(owner: Callable[[int, int], int] = port_owner) -> OwnedPort:
+    """Takes a free port and listens. `owner` says whose connection from the one port to the other it
+    is, 0 where that is not known. Raises TransportError."""
+    return OwnedPort(trio.socket.from_stdlib_socket(listening_port()), owner)
 
 
 def listen_loopback(path: str | os.PathLike[str]) -> LoopbackListener:
