@@ -87,7 +87,8 @@ class Disk:
     """A disk to attach. `role` is `root`, `config` (label KENAZMETA) or `workbench` (label KENAZWB).
 
     `format` is one of `qcow2`, `raw`, `vhdx`, `iso`, or `directory` for drivers that run no machine. `base`
-    is what a disk begins as that the driver makes itself, in `launch` (`vhdx`); else it is there already.
+    is what a disk of `size` bytes begins as that the driver makes itself, in `launch` (`vhdx`); else it is
+    there already.
     """
 
     role: str
@@ -95,6 +96,7 @@ class Disk:
     format: str
     readonly: bool = False
     base: str = ""
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from kenaz_drivers._common.loopback import LOOPBACK, PATIENCE, dial_local, dial_
 from kenaz_drivers._common.output import Console, LogTail, describe_end
 from kenaz_drivers._common.ports import port_owner
 from kenaz_drivers._common.process import Captured, ChildProcess, capture, open_pipe, spawn
+from kenaz_drivers._common.qemu_img import find_qemu_img
 from kenaz_drivers._common.terminate import terminate
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "describe_end",
     "dial_local",
     "dial_loopback",
+    "find_qemu_img",
     "identify",
     "is_alive",
     "open_background",

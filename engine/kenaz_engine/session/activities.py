@@ -22,6 +22,7 @@ import trio
 from kenaz_drivers.contract import DriverError, LaunchPlan, Machine, Screen
 from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports import Listener, TransportError
+from kenaz_engine.channel.transports.hyperv import listen_hyperv, service_id
 from kenaz_engine.channel.transports.local import SERIAL_BY_PORT, LocalListener, listen_local
 from kenaz_engine.channel.transports.tcp import ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.vfkit import listen_vfkit
@@ -36,6 +37,7 @@ from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.locks import Held
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.images.transfer import Notice, Progress, Watch
+from kenaz_engine.images.vhdx import ensure_base
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.console import Console
 from kenaz_engine.session.guest import (
@@ -49,7 +51,7 @@ from kenaz_engine.session.helpers import start_helper
 from kenaz_engine.session.ledger import AcquireTimeout, Made
 from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder, RecordLost
-from kenaz_engine.session.resources import file_handle, made_directory, made_file
+from kenaz_engine.session.resources import file_handle, made_directory, made_file, planned_file
 from kenaz_engine.session.runner import ActivityError, ActivityFunction, Work
 from kenaz_engine.session.seams import Connect, Show, unless_exiting
 from kenaz_engine.session.vocabulary import VOCABULARY
@@ -209,6 +211,8 @@ class Activities:
             intent = {"digest": image.digest}
             if self._build is not None:
                 intent["build"] = self._build.digest
+            if disk_formats(self._prepared, image)[0] == "vhdx":
+                await ensure_base(image, resolved.machine.disk, default_cache(), ensured.held)
             await work.ledger.acquire("image", "image-reference", intent, make)
         except BaseException:
             for one in held:
@@ -243,6 +247,8 @@ class Activities:
             if self._image is None:
                 root.mkdir(mode=0o700)
                 return made_directory(root), None
+            if root_format == "vhdx":
+                return planned_file(root), None
             image, size = self._image, self._prepared.resolved.machine.disk
             with _naming(root):
                 how = await create_disk(
@@ -259,7 +265,7 @@ class Activities:
                 (write_directory if directory else write_config_disk)(config, files)
             return made_directory(config) if directory else made_file(config), None
 
-        kind = "directory" if root_format == "directory" else "file"
+        kind = {"directory": "directory", "vhdx": "planned-file"}.get(root_format, "file")
         await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
         await self._listen(work)
         kind = "directory" if config_format == "directory" else "file"
@@ -296,6 +302,14 @@ class Activities:
 
             await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_port)
             return
+        if transport == "hyperv":
+
+            async def make_service() -> tuple[Made, None]:
+                return Made({"service": service_id(wanted)}, self._end_service), None
+
+            # Who may dial is known when the machine is made; it is listened for before it runs.
+            await work.ledger.acquire("socket", "port", {"service": service_id(wanted)}, make_service)
+            return
         if transport == "virtio-serial" and SERIAL_BY_PORT:
 
             async def make_serial() -> tuple[Made, None]:
@@ -316,6 +330,10 @@ class Activities:
         assert self._listener is not None
         await self._listener.aclose()
         self._close_claim()
+
+    async def _end_service(self) -> None:
+        if self._listener is not None:
+            await self._listener.aclose()
 
     def _close_claim(self) -> None:
         """QEMU has its own copy from its start on; the CID is free when the last one is closed."""
@@ -355,6 +373,8 @@ class Activities:
         if isinstance(self._listener, SerialPort) and "pid" in machine.handle:
             self._listener.expect(int(machine.handle["pid"]))
         try:
+            if self._prepared.transport == "hyperv":
+                self._listener = listen_hyperv(self._port, machine=str(machine.handle["vm"]))
             await machine.ready()
         finally:
             self._machine_ready_or_not.set()

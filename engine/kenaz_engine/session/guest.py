@@ -16,7 +16,9 @@ from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports.hybrid import guest_path
 from kenaz_engine.channel.transports.local import SCHEME, SERIAL_BY_PORT
 from kenaz_engine.images.builds import Build
+from kenaz_engine.images.catalog import default_cache
 from kenaz_engine.images.manifest import Image
+from kenaz_engine.images.vhdx import base_path
 from kenaz_engine.session.lifecycles import executes
 from kenaz_engine.session.prepared import Prepared
 
@@ -81,7 +83,7 @@ def disk_formats(prepared: Prepared, image: Image | None) -> tuple[str, str]:
     offered = prepared.capabilities.disk_formats
     convert = image is not None and image.root_format == "qcow2"
     root = next((name for name in offered if not (convert and name == "raw")), offered[0])
-    return root, "directory" if root == "directory" else "raw"
+    return root, {"directory": "directory", "vhdx": "iso"}.get(root, "raw")
 
 
 def guest_address(prepared: Prepared, layout: Layout, port: int) -> str:
@@ -144,6 +146,15 @@ def agent_command(layout: Layout, root_format: str, config_format: str) -> tuple
     return (sys.executable, "-I", str(agent), "--env", str(config), "--root", str(root))
 
 
+def _root_disk(prepared: Prepared, layout: Layout, disk_format: str, image: Image | None) -> Disk:
+    """The disk that the guest writes to. The driver makes it itself where it is VHDX."""
+    path = str(layout.disk("root", disk_format))
+    if disk_format != "vhdx" or image is None:
+        return Disk("root", path, disk_format)
+    base = base_path(image, default_cache())
+    return Disk("root", path, disk_format, base=str(base), size=prepared.resolved.machine.disk)
+
+
 def launch_request(
     prepared: Prepared,
     layout: Layout,
@@ -174,7 +185,7 @@ def launch_request(
         initrd=str(image.initrd) if image and image.initrd else "",
         cmdline=image.cmdline if image else "",
         disks=(
-            Disk("root", str(layout.disk("root", root)), root),
+            _root_disk(prepared, layout, root, image),
             Disk("config", str(layout.disk("config", config)), config, readonly=True),
             *((workbench,) if workbench else ()),
         ),
