@@ -22,7 +22,7 @@ import trio
 LOOPBACK = "127.0.0.1"
 
 PATIENCE = 5.0
-"""Seconds that each side has for its secret."""
+"""Seconds that who dials has for his secret, once he is heard."""
 
 LINE = 64
 """Most bytes of a secret and its line feed."""
@@ -44,13 +44,16 @@ else:
 
 
 async def dial_loopback(path: str | os.PathLike[str]) -> trio.SocketStream:
-    """Connects to who listens by that file. Raises OSError: FileNotFoundError where there is none,
-    ConnectionRefusedError where nobody listens, ConnectionAbortedError where it is somebody else."""
+    """Connects to who listens by that file, as soon as he accepts: has no deadline of its own.
+
+    Raises OSError: FileNotFoundError where there is none, ConnectionRefusedError where nobody listens,
+    ConnectionAbortedError where it is somebody else.
+    """
     port, ask, answer = _read(Path(path))
     stream = await _connect(port)
     said = bytearray()
     try:
-        with trio.move_on_after(PATIENCE), suppress(trio.BrokenResourceError):
+        with suppress(trio.BrokenResourceError):
             await stream.send_all(ask + b"\n")
             await read_line(stream, said)
         if not hmac.compare_digest(said, answer + b"\n"):

@@ -64,19 +64,20 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
     _check(base, base_format, disk_format, size)
     file, cloned = _begin(path, base, disk_format)
     try:
-        path.chmod(0o600)
-        with _room(path):
-            if disk_format == "qcow2":
-                _write_overlay(file, base, base_format, size)
-                return "overlay"
-            how = "clone" if cloned else await _copy(file, base)
-            os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
-            return how
+        try:
+            path.chmod(0o600)
+            with _room(path):
+                if disk_format == "qcow2":
+                    _write_overlay(file, base, base_format, size)
+                    return "overlay"
+                how = "clone" if cloned else await _copy(file, base)
+                os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
+                return how
+        finally:
+            os.close(file)  # first: Windows removes nothing that is open
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(file)
 
 
 def _begin(path: Path, base: Path, disk_format: str) -> tuple[int, bool]:

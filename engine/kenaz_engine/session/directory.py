@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -135,6 +136,8 @@ class SessionDirectory:
 
     def discard(self) -> None:
         """Removes the directory of a session that could not begin, unless it still holds a socket."""
+        if sys.platform == "win32":
+            self.close()  # what is open cannot be removed there
         if not any((self.path / name).exists() for name in SOCKETS):
             shutil.rmtree(self.path, ignore_errors=True)
 
