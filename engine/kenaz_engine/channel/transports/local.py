@@ -22,15 +22,22 @@ if sys.platform == "win32":
     SCHEME = "loopback"
     LONGEST_PATH = 259  # MAX_PATH without its NUL
 
+    def check_local() -> None:
+        """Raises TransportError where nothing can be listened on."""
+        require_private_directories(sys.version_info[:3])
+
     def listen_local(path: str | os.PathLike[str]) -> LocalListener:
         """Listens by a file at `path`, which lies in a directory of the launcher's own. Raises
         TransportError."""
-        require_private_directories(sys.version_info[:3])
+        check_local()
         return listen_loopback(path)
 
 else:
     SCHEME = "unix"
     LONGEST_PATH = SUN_PATH - 1
+
+    def check_local() -> None:
+        """Nothing is in the way."""
 
     def listen_local(path: str | os.PathLike[str]) -> LocalListener:
         """Binds `path` and listens. Raises TransportError."""
