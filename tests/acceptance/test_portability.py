@@ -46,7 +46,9 @@ sys.platform = platform
 for name in hidden:
     sys.modules[name] = None
 if platform == "win32":
-    sys.modules["msvcrt"] = types.ModuleType("msvcrt")
+    for name in ("msvcrt", "_winapi", "asyncio.windows_utils"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["asyncio.windows_utils"].pipe = None
     for name in posix:
         if hasattr(os, name):
             delattr(os, name)
@@ -92,7 +94,9 @@ class Elsewhere:
             del sys.modules[name]
         sys.platform = sys.argv[1]
         if sys.platform == "win32":
-            sys.modules["msvcrt"] = types.ModuleType("msvcrt")
+            for name in ("msvcrt", "_winapi", "asyncio.windows_utils"):
+                sys.modules[name] = types.ModuleType(name)
+            sys.modules["asyncio.windows_utils"].pipe = None
 
 sys.exit(pytest.main(sys.argv[3:], plugins=[Elsewhere()]))
 """

@@ -72,8 +72,8 @@ def test_the_spec_may_come_from_stdin_with_overrides(world):
         ("unix:{}/none", 3, "nothing is at {}/none (start the harness first"),
         ("unix:{}/none/h", 3, "{}/none is no directory"),
         ("unix:{}/file", 2, "{}/file is not a socket"),
-        ("unix:", 2, "it must be unix:PATH"),
-        ("tcp:localhost:1", 2, "it must be unix:PATH"),
+        ("unix:", 2, "it must be unix:PATH or loopback:FILE"),
+        ("tcp:localhost:1", 2, "it must be unix:PATH or loopback:FILE"),
     ],
 )
 def test_a_wrong_address_is_found_before_anything_is_made(world, tmp_path, address, code, says):

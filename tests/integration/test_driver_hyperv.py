@@ -59,7 +59,13 @@ async def plan_for(driver, tmp_path, place):
             port=7881,
             capabilities=capabilities,
             disks=(
-                Disk("root", str(place / "root.vhdx"), "vhdx", base=str(place / "base.vhdx")),
+                Disk(
+                    "root",
+                    str(place / "root.vhdx"),
+                    "vhdx",
+                    base=str(place / "base.vhdx"),
+                    size=(1 << 30) + 1,
+                ),
                 Disk("config", str(place / "config.iso"), "iso", readonly=True),
             ),
             mark="s-0123456789abcdef",
@@ -93,6 +99,9 @@ async def test_a_machine_is_made_started_shut_down_and_removed(driver, plan_for,
         assert (ended.clean, ended.reason) == (True, "the guest shut itself down")
     assert machines() == {}
     assert (place / "root.vhdx").exists()  # Remove-VM leaves disks, and the ledger gives them back
+    assert (place / "root.vhdx").read_text() == f"vhdxfile {(1 << 30) + 4096}"
+    assert not (place / "kenaz-s-0123456789abcdef").exists()  # what Hyper-V keeps beside them
+    assert plan.trace == {"powershell": plan.data["powershell"]}
 
 
 async def test_the_power_is_cut_where_the_guest_is_deaf(driver, plan_for, machines, monkeypatch):

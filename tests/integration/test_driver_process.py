@@ -132,3 +132,14 @@ class TestRealQemu:
         verdict = await probe.run_guest(probe.find_binary("x86_64"), "x86_64", "kvm", "qemu64")
         assert verdict.text == "KVM present but does not run guests (a tiny guest is not done after 2 s)"
         assert time.monotonic() - started < 3
+
+
+async def test_on_windows_the_agent_has_what_sockets_need_there_and_the_user_is_told(driver, plan_for):
+    capabilities = replace(
+        await driver.probe("x86_64", {}), data={"environment": {"SYSTEMROOT": "C:\\Windows", "PATH": "C:\\"}}
+    )
+    plan = plan_for("", capabilities=capabilities)
+    assert plan.environment["SYSTEMROOT"] == "C:\\Windows"
+    assert plan.environment["PATH"] == "C:\\"
+    assert "memory is not bounded" in plan.notes[-1]
+    assert "SYSTEMROOT" not in plan_for("").environment

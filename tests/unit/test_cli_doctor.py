@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kenaz_drivers.contract import Capabilities, DriverError, Reason
+from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.cli import doctor, image
 from kenaz_engine.cli.main import main
 
@@ -233,3 +234,13 @@ def test_doctor_knows_the_limit_of_open_files(
     files = dict(doctor.examine_host("x86_64"))["files"]
     assert files.ok is ok
     assert files.text.startswith(words)
+
+
+def test_a_python_that_keeps_nobody_out_on_windows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise TransportError("this Python makes no directory", hint="use Python 3.12.4 or later")
+
+    monkeypatch.setattr(doctor, "check_local", refuse)
+    [reason] = [reason for name, reason in doctor.examine_host("x86_64") if name == "sockets"]
+    assert (reason.ok, reason.text) == (False, "this Python makes no directory")
+    assert reason.mend == "use Python 3.12.4 or later"

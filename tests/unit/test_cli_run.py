@@ -35,8 +35,8 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("address", "code", "says"),
     [
-        ("tcp:1", 2, "--harness tcp:1: it must be unix:PATH"),
-        ("unix:", 2, "--harness unix:: it must be unix:PATH"),
+        ("tcp:1", 2, "--harness tcp:1: it must be unix:PATH or loopback:FILE"),
+        ("unix:", 2, "--harness unix:: it must be unix:PATH or loopback:FILE"),
         ("unix:/none/h", 3, "--harness: /none is no directory (name a socket in a directory that exists)"),
         ("unix:/", 2, "--harness: / is not a socket"),
     ],

@@ -1,13 +1,15 @@
 """The command lines of QEMU, to the letter: one golden file each."""
 
+import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from kenaz_drivers.contract import Capabilities, Disk, DriverError, LaunchRequest
 from kenaz_drivers.qemu.argv import Facts, build
+from kenaz_drivers.qemu.driver import QemuDriver
 from kenaz_drivers.qemu.probe import firmware_places
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -190,6 +192,23 @@ def test_memory_is_rounded_up_to_whole_mebibytes():
     assert argv[argv.index("-m") + 1] == "65M"
 
 
+def test_a_plan_for_windows_says_where_the_console_is_and_what_the_program_needs():
+    facts = replace(FACTS["x86_64"], **PLATFORMS["whpx"])
+    capabilities = Capabilities(
+        usable=True,
+        reasons=(),
+        arch="x86_64",
+        accelerator="whpx",
+        data={"facts": json.loads(json.dumps(asdict(facts))), "environment": {"SYSTEMROOT": "C:\\Windows"}},
+    )
+    wanted = replace(request_for(channel="127.0.0.1:49152", mark="hello-1"), capabilities=capabilities)
+    plan = QemuDriver().plan(wanted)
+    assert plan.data == {"console": r"\\.\pipe\kenaz-hello-1-console"}
+    assert "pipe,id=console,path=kenaz-hello-1-console" in plan.argv
+    assert plan.environment["SYSTEMROOT"] == "C:\\Windows"
+    assert not plan.descriptors
+
+
 def test_facts_survive_json():
     facts = FACTS["x86_64"]
     data = {"binary": facts.binary, "version": "7.2", "machines": ["microvm", "q35"]}
@@ -207,6 +226,9 @@ def test_what_a_system_does_not_have_is_refused():
         wanted = request_for(accel="whpx", channel=channel)
         with pytest.raises(DriverError, match="channel is no port of"):
             build(wanted, facts_for(wanted))
+    wanted = request_for(accel="whpx", channel="127.0.0.1:7881", display="vnc")
+    with pytest.raises(DriverError, match="display vnc: not served on Windows"):
+        build(wanted, facts_for(wanted))
     wanted = request_for(accel="hvf", channel="/" + "x" * 103)
     with pytest.raises(DriverError, match="104 bytes and must have 1 to 103"):
         build(wanted, facts_for(wanted))

@@ -21,11 +21,13 @@ class Kernel:
         self.handles: dict[int, int] = {}
         self.jobs: list[int] = []
         self.limits: Any = None
+        self.rights = 0
         self.refuses = refuses
 
     def OpenProcess(self, rights: Any, inherit: bool, pid: Any) -> int | None:  # noqa: N802  # Windows's name
         if pid.value not in self.processes or self.refuses.get("open"):
             return None
+        self.rights = rights.value
         self.handles[0x1_0000_0000 + len(self.handles)] = pid.value
         return 0x1_0000_0000 + len(self.handles) - 1
 
@@ -83,6 +85,8 @@ def test_a_job_takes_its_processes_along() -> None:
     windows.Job(kernel).add(7)
     assert kernel.jobs == [7]
     assert kernel.handles == {}
+    # PROCESS_SET_QUOTA and _TERMINATE, for the job, and _SUSPEND_RESUME: it was made suspended.
+    assert kernel.rights & 0x0901 == 0x0901
     # 144 bytes is what a 64-bit Windows has for JOBOBJECT_EXTENDED_LIMIT_INFORMATION.
     if ctypes.sizeof(ctypes.c_void_p) == 8:
         assert kernel.limits == (99, 9, 0x2000, 144)
@@ -97,6 +101,14 @@ def test_a_job_that_cannot_be_had_is_an_error(refused: str, words: str) -> None:
 def test_a_child_that_cannot_be_tied_is_ended() -> None:
     kernel = Kernel(assign=True)
     with pytest.raises(DriverError, match="cannot be tied"):
+        windows.Job(kernel).add(7)
+    assert (kernel.ended, kernel.handles) == ([7], {})
+
+
+def test_a_child_that_cannot_be_let_run_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "resume", lambda process: False)
+    kernel = Kernel()
+    with pytest.raises(DriverError, match="cannot be let run"):
         windows.Job(kernel).add(7)
     assert (kernel.ended, kernel.handles) == ([7], {})
 

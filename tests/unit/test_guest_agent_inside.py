@@ -363,3 +363,34 @@ def test_a_unix_socket_is_dialled(tmp_path: Path) -> None:
             wire.send({"kind": "ping"})
             assert accepted.recv(64) == guest.encode({"kind": "ping"})
         wire.close()
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_port_of_this_host_is_dialled_where_its_owner_knows_the_secret(
+    tmp_path: Path, *, knows: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        said = {"port": listening.getsockname()[1], "ask": "a" * 43, "answer": "b" * 43}
+        (tmp_path / "c").write_text(json.dumps(said))
+        heard: list[bytes] = []
+
+        def answer() -> None:
+            with listening.accept()[0] as connection:
+                heard.append(connection.recv(44))
+                connection.sendall((b"b" if knows else b"x") * 43 + b"\n\0\0\0\x02{}")
+                with suppress(ConnectionError):
+                    connection.recv(1)
+
+        owner = threading.Thread(target=answer)
+        owner.start()
+        try:
+            if knows:
+                wire = guest.Wire(guest.open_channel(f"loopback:{tmp_path / 'c'}"))
+                assert wire._get(6) == b"\0\0\0\x02{}"  # nothing behind the line is lost
+                wire.close()
+            else:
+                with pytest.raises(OSError, match="not the launcher"):
+                    guest.open_channel(f"loopback:{tmp_path / 'c'}")
+        finally:
+            owner.join(5)
+        assert heard == [b"a" * 43 + b"\n"]

@@ -28,6 +28,8 @@ from kenaz_drivers.contract import (
 from kenaz_drivers.simulated.driver import SimulatedDriver, SimulatedMachine
 from kenaz_engine.channel.harness import HarnessError
 from kenaz_engine.channel.transports import TransportError
+from kenaz_engine.channel.transports.loopback import listen_owned
+from kenaz_engine.channel.transports.virtio_serial import SerialPort
 from kenaz_engine.channel.transports.vsock import Claim, SharedPort
 from kenaz_engine.images import ensure as ensuring
 from kenaz_engine.images.ensure import Ensured
@@ -439,7 +441,7 @@ async def test_a_path_that_is_known_is_told(
 async def test_an_error_without_a_path_is_told(
     autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activities, "listen_unix", full)
+    monkeypatch.setattr(activities, "listen_local", full)
     result = await whole.run(await whole.prepare())
     assert result.outcome.verdict == "disks could not be made: the system: No space left on device"
 
@@ -663,3 +665,24 @@ async def test_a_helper_that_dies_takes_the_machine_with_it(
     where = "before it dialled" if after < 1 else "while serving"
     assert result.outcome.verdict == f"VM exited {where}: SIGKILL killed daemon"
     assert whole.path()[-1] == "releasing"
+
+
+async def test_a_hypervisor_that_connects_to_a_port_is_told_which_and_known_by_its_process(
+    autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    owned = listen_owned(lambda here, there: 0)
+    port = SerialPort(owned)
+    expected: list[int] = []
+    monkeypatch.setattr(owned, "expect", expected.append)
+    monkeypatch.setattr(activities, "SERIAL_BY_PORT", True)
+    monkeypatch.setattr(activities, "listen_serial_port", lambda: port)
+    monkeypatch.setattr(SimulatedMachine, "handle", {"pid": 77})
+    driver = Driver()
+    can = {"transports": ("virtio-serial",)}
+    result = await whole.run(await whole.prepare(driver=driver, can=can, dial=None))
+    assert result.outcome.verdict == "guest did not dial in time"
+    assert driver.requests[-1].channel == f"127.0.0.1:{owned.port}"
+    assert expected == [77]
+    [made] = [r for r in whole.records() if r["kind"] == "acquired" and r["resource"] == "socket"]
+    assert (made["type"], made["handle"]) == ("port", {"address": f"tcp:127.0.0.1:{owned.port}"})

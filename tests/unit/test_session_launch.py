@@ -78,7 +78,7 @@ async def test_sockets_go_elsewhere_where_the_path_is_long(
     ("part", "fails", "says"),
     [
         ("open_journal", full, "the journal {}/journal.jsonl cannot be made: No space left on device"),
-        ("listen_unix", full, "the control socket {}/control.sock cannot be made: No space left on device"),
+        ("listen_local", full, "the control socket {}/control.sock cannot be made: No space left on device"),
     ],
 )
 async def test_a_full_disk_at_the_begin_is_one_line(
@@ -140,7 +140,7 @@ async def test_a_control_socket_that_cannot_be_made_is_told(
     def fail(path: Path) -> Any:
         raise error
 
-    monkeypatch.setattr(launch, "listen_unix", fail)
+    monkeypatch.setattr(launch, "listen_local", fail)
     prepared = await whole.prepare()
     with pytest.raises(DirectoryError) as caught:
         await whole.run(prepared)

@@ -124,7 +124,9 @@ class ProbeCache:
         return self._verdicts.get(accelerator)
 
     def keep(self, accelerator: str, verdict: Verdict) -> None:
-        self._verdicts[accelerator] = verdict
+        # Where nothing tells one boot from the next, the mend for a "no" may have been a reboot.
+        if verdict.works or boot_id():
+            self._verdicts[accelerator] = verdict
 
     def _content(self) -> dict[str, Any]:
         verdicts = {name: asdict(verdict) for name, verdict in self._verdicts.items()}
@@ -139,10 +141,13 @@ class ProbeCache:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as file:
                 new = Path(file.name)
-                try:
+                written = False
+                with contextlib.suppress(OSError):
                     json.dump(content, file)
                     file.flush()
-                    new.replace(self._file)
-                except OSError:
-                    new.unlink()
-                    raise
+                    written = True
+            # Windows moves and removes no file that is open.
+            if written:
+                new.replace(self._file)
+            else:
+                new.unlink()

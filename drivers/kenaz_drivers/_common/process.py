@@ -27,6 +27,7 @@ from kenaz_drivers.contract import MARK, DriverError, JsonObject
 
 if sys.platform == "win32":
     from kenaz_drivers._common import windows
+    from kenaz_drivers._common.winpipes import output_pipe
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -98,7 +99,7 @@ class ChildProcess:
 if sys.platform == "win32":
 
     def _pipe() -> tuple[Any, int]:
-        raise DriverError("a child's output cannot be read on this platform", hint="use WSL")
+        return output_pipe()
 
 else:
 
@@ -204,6 +205,12 @@ class Captured:
 
 
 if sys.platform == "win32":
+    _REST = 0.5  # seconds for what a program has printed to be read, once it has ended
+
+    async def _collect(process: trio.Process, output: bytearray, limit: int) -> None:
+        assert process.stdout is not None
+        async for data in process.stdout:
+            output += data[: limit - len(output)]
 
     async def _output(
         argv: Sequence[str], output: bytearray, limit: int, environment: Mapping[str, str] | None
@@ -223,10 +230,12 @@ if sys.platform == "win32":
             raise DriverError(f"cannot start {argv[0]}: {error}") from error
         try:
             _job().add(process.pid)
-            assert process.stdout is not None
-            async for data in process.stdout:
-                output += data[: limit - len(output)]
-            return await process.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_collect, process, output, limit)
+                code = await process.wait()
+                # Another process may have been given its pipe, and keep it open: Wine's conhost has.
+                nursery.cancel_scope.deadline = trio.current_time() + _REST
+            return code
         finally:
             with trio.CancelScope(shield=True):
                 process.kill()

@@ -3,12 +3,13 @@
 A process is held by a handle, which pins it as a pidfd does; a job ends all that is in it when its last
 handle closes, so that no child outlives the launcher. Every function takes the library, so that all but
 loading it can be tried anywhere. Facts: Microsoft's documentation of processthreadsapi.h, jobapi2.h and
-winnt.h. Not yet run on Windows by this project.
+winnt.h. Run under Wine 8.0, not on Windows yet.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from ctypes import byref, sizeof
 from typing import Any
@@ -20,7 +21,9 @@ Word64 = ctypes.c_uint64
 Size = ctypes.c_size_t
 
 TERMINATE, SET_QUOTA, QUERY, SYNCHRONIZE = 0x0001, 0x0100, 0x1000, 0x0010_0000
-"""Rights to a process: PROCESS_TERMINATE, _SET_QUOTA, _QUERY_LIMITED_INFORMATION, and SYNCHRONIZE."""
+SUSPEND_RESUME = 0x0800
+"""Rights to a process: PROCESS_TERMINATE, _SET_QUOTA, _QUERY_LIMITED_INFORMATION, SYNCHRONIZE, and
+PROCESS_SUSPEND_RESUME."""
 
 STILL_ACTIVE = 259
 INVALID_PARAMETER = 87
@@ -70,9 +73,10 @@ if sys.platform == "win32":
             getattr(library, name).restype = ctypes.c_void_p
         return library
 
-    def resume(process: Any) -> None:
-        """Lets a process run that was made suspended. The thread's own handle is not to be had of Popen."""
-        ctypes.WinDLL("ntdll").NtResumeProcess(process)
+    def resume(process: Any) -> bool:
+        """Lets a process run that was made suspended; whether it does. The thread's own handle is not to be
+        had of Popen."""
+        return bool(ctypes.WinDLL("ntdll").NtResumeProcess(process) == 0)
 
     def last_error() -> int:
         """Why the last call failed."""
@@ -84,12 +88,20 @@ else:
         """kernel32. Raises DriverError where there is none."""
         raise DriverError("this is not Windows")
 
-    def resume(process: Any) -> None:
+    def resume(process: Any) -> bool:
         """Does nothing: nothing is made suspended here."""
+        return True
 
     def last_error() -> int:
         """Nothing is known."""
         return 0
+
+
+def needed_environment(*names: str) -> dict[str, str]:
+    """The variables without which no program of Windows finds its sockets, and those besides; empty
+    elsewhere."""
+    wanted = ("SYSTEMROOT", *names) if sys.platform == "win32" else ()
+    return {name: os.environ[name] for name in wanted if name in os.environ}
 
 
 def started(kernel: Any, pid: int) -> str:
@@ -153,13 +165,13 @@ class Job:
     def add(self, pid: int) -> None:
         """Takes in a process that was made suspended, and lets it run. Raises DriverError, the process being
         ended then."""
-        handle = _open(self._kernel, pid, SET_QUOTA | TERMINATE | QUERY)
+        handle = _open(self._kernel, pid, SET_QUOTA | TERMINATE | QUERY | SUSPEND_RESUME)
         if handle is None:
             raise DriverError(f"process {pid} cannot be held")
         try:
-            if not self._kernel.AssignProcessToJobObject(self._handle, handle):
+            tied = self._kernel.AssignProcessToJobObject(self._handle, handle)
+            if not tied or not resume(handle):
                 self._kernel.TerminateProcess(handle, Dword(1))
-                raise DriverError(f"process {pid} cannot be tied to the launcher")
-            resume(handle)
+                raise DriverError(f"process {pid} cannot be {'let run' if tied else 'tied to the launcher'}")
         finally:
             self._kernel.CloseHandle(handle)

@@ -21,6 +21,7 @@ import trio
 
 from kenaz_drivers._common.background import Background, open_background
 from kenaz_drivers._common.process import capture
+from kenaz_drivers._common.qemu_img import find_qemu_img
 from kenaz_drivers.contract import (
     Capabilities,
     DriverError,
@@ -53,14 +54,6 @@ _HINTS = (
     ("not enough memory", "give the machine less memory"),
     ("being used by another process", "another machine uses this disk; end that one first"),
 )
-
-
-_SESSIONS = (
-    ()
-    if sys.platform != "win32"
-    else (Reason(False, "no session can run on Windows yet: the launcher's own sockets are UNIX sockets"),)
-)
-"""What keeps machines from being used that Hyper-V could run."""
 
 
 def hint_for(text: str) -> str:
@@ -216,7 +209,7 @@ class HypervDriver:
             said = await PowerShell(program).run(
                 scripts.look(DEFAULT_PORT), "PowerShell cannot be asked", QUESTION_DEADLINE
             )
-            reasons = (*_reasons(json.loads(said)), *_SESSIONS)
+            reasons = _reasons(json.loads(said), find_qemu_img())
         except (DriverError, ValueError, LookupError, TypeError) as error:
             reasons = (Reason(False, str(error), getattr(error, "hint", "") or "repair PowerShell"),)
         usable = all(reason.ok for reason in reasons if not reason.transport)
@@ -247,7 +240,9 @@ class HypervDriver:
                 "powershell": program,
                 "mark": request.mark,
                 "console": scripts.pipe_of(request.mark),
+                "directory": str(Path(request.directory) / scripts.machine_name(request.mark)),
             },
+            trace={"powershell": program},
         )
 
     @asynccontextmanager
@@ -274,6 +269,8 @@ class HypervDriver:
             finally:
                 with trio.CancelScope(shield=True):
                     await shell.run(removal, "the machine cannot be removed", REMOVE_DEADLINE)
+                    # What Hyper-V keeps of a machine beside its disks; empty directories stay of it.
+                    shutil.rmtree(str(plan.data["directory"]), ignore_errors=True)
 
     async def release(self, handle: JsonObject) -> None:
         program = str(handle.get("powershell", "")) or shutil.which("powershell.exe") or "powershell.exe"
@@ -284,7 +281,7 @@ class HypervDriver:
         await PowerShell(program).run(removal, "the machine cannot be removed", REMOVE_DEADLINE)
 
 
-def _reasons(seen: Mapping[str, Any]) -> tuple[Reason, ...]:
+def _reasons(seen: Mapping[str, Any], qemu_img: str) -> tuple[Reason, ...]:
     module, allowed, registered = (bool(seen[name]) for name in ("module", "allowed", "registered"))
     enable = "as administrator: Enable-WindowsOptionalFeature -Online -FeatureName Microsoft-Hyper-V-All"
     service = scripts.service_id(DEFAULT_PORT)
@@ -299,5 +296,10 @@ def _reasons(seen: Mapping[str, Any]) -> tuple[Reason, ...]:
             registered,
             f"service {service} (port {DEFAULT_PORT}) is {'' if registered else 'not '}registered",
             f"as administrator, once: {scripts.register(DEFAULT_PORT)}",
+        ),
+        Reason(
+            bool(qemu_img),
+            f"qemu-img at {qemu_img}" if qemu_img else "there is no qemu-img, which makes VHDX of images",
+            "winget install SoftwareFreedomConservancy.QEMU",
         ),
     )

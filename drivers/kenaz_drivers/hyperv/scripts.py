@@ -20,6 +20,9 @@ MIB = 1 << 20
 ALIGNMENT = 2 * MIB
 """Hyper-V gives memory in pieces of this size."""
 
+SECTOR = 4096
+"""A disk has whole sectors, physical ones of this size at the largest."""
+
 TEMPLATE = "MicrosoftUEFICertificateAuthority"
 """Secure boot that takes Linux's boot loaders; the default one boots Windows only."""
 
@@ -101,7 +104,8 @@ def create(request: LaunchRequest, *, secure_boot: bool) -> str:
 
 def _differencing(disk: Disk) -> str:
     """The ephemeral disk: what the guest writes; the rest is read from the base, which must not change."""
-    return f"New-VHD -Path {quoted(disk.path)} -ParentPath {quoted(disk.base)} -Differencing"
+    size = f" -SizeBytes {-(-disk.size // SECTOR) * SECTOR}" if disk.size else ""
+    return f"New-VHD -Path {quoted(disk.path)} -ParentPath {quoted(disk.base)} -Differencing{size}"
 
 
 def start(machine: str) -> str:

@@ -1,12 +1,15 @@
 """The driver `process`: the guest's agent as a child process, for hosts without a hypervisor.
 
-It keeps the agent from the terminal, the environment and core dumps of the launcher, and bounds its memory.
+It keeps the agent from the terminal, the environment and core dumps of the launcher, and bounds its memory
+but on Windows.
 It keeps it from nothing else: the agent runs as the user who runs the launcher.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,6 +21,7 @@ from kenaz_drivers._common.background import open_background
 from kenaz_drivers._common.output import Console, describe_end
 from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
 from kenaz_drivers._common.terminate import terminate
+from kenaz_drivers._common.windows import needed_environment
 from kenaz_drivers.contract import (
     MARK,
     Capabilities,
@@ -36,6 +40,9 @@ DRAIN_GRACE = 0.5
 _NO_ISOLATION = "the driver process isolates nothing: the agent runs as you, on this machine"
 
 
+_NO_BOUNDS = "the agent's memory is not bounded on Windows"
+
+
 def describe_exit(code: int, asked: bool) -> Exit:
     """How the agent ended; `asked` says that the power button was pressed before."""
     if code == 0:
@@ -45,12 +52,54 @@ def describe_exit(code: int, asked: bool) -> Exit:
     return Exit(False, describe_end("the agent", code), code)
 
 
+if sys.platform == "win32":
+
+    class Button:
+        """The end of the agent's standard input: no signal of Windows is more than a power cut."""
+
+        def __init__(self) -> None:
+            self.theirs, self._ours = os.pipe()
+
+        def handed_over(self) -> None:
+            """The agent has its end."""
+            os.close(self.theirs)
+
+        def press(self, child: ChildProcess) -> None:
+            """Does nothing the second time."""
+            self.close()
+
+        def close(self) -> None:
+            """Idempotent."""
+            ours, self._ours = self._ours, -1
+            if ours != -1:
+                os.close(ours)
+
+else:
+
+    class Button:
+        """SIGTERM."""
+
+        theirs = subprocess.DEVNULL
+        """The agent's standard input."""
+
+        def handed_over(self) -> None:
+            """Nothing is."""
+
+        def press(self, child: ChildProcess) -> None:
+            """Does nothing where the agent is gone."""
+            child.send_signal(signal.SIGTERM)
+
+        def close(self) -> None:
+            """Holds nothing."""
+
+
 class ProcessMachine:
     """A running agent. Made by `ProcessDriver.launch` only."""
 
-    def __init__(self, child: ChildProcess, console: trio.abc.ReceiveStream) -> None:
+    def __init__(self, child: ChildProcess, console: trio.abc.ReceiveStream, button: Button) -> None:
         self._child = child
         self._console = console
+        self._button = button
         self._asked = False
         self._exit: Exit | None = None
         self._gone = trio.Event()
@@ -81,7 +130,7 @@ class ProcessMachine:
     async def powerdown(self) -> None:
         await trio.lowlevel.checkpoint()
         self._asked = True
-        self._child.send_signal(signal.SIGTERM)
+        self._button.press(self._child)
 
     async def kill(self) -> None:
         with trio.CancelScope(shield=True):
@@ -110,16 +159,16 @@ class ProcessDriver:
 
     async def probe(self, arch: str, options: JsonObject) -> Capabilities:
         await trio.lowlevel.checkpoint()
-        usable = sys.platform != "win32"
-        where = Reason(usable, "UNIX sockets and signals", "" if usable else "needs a UNIX system")
+        needed = needed_environment("PATH", "TEMP")
         return Capabilities(
-            usable=usable,
-            reasons=(where, Reason(True, _NO_ISOLATION)),
+            usable=True,
+            reasons=(Reason(True, _NO_ISOLATION),),
             arch=arch,
             transports=("unix",),
             disk_formats=("directory",),
             boots_image=False,
             isolates=False,
+            data={"environment": needed} if needed else {},
         )
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
@@ -129,6 +178,8 @@ class ProcessDriver:
             raise DriverError(f"the driver process has no transport {request.transport!r}", hint="unix")
         scratch = next((disk.path for disk in request.disks if disk.role == "root"), request.directory)
         environment = {"HOME": scratch, "LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+        windows = request.capabilities.data.get("environment", {})
+        environment |= windows
         environment |= {MARK: request.mark} if request.mark else {}
         if any("\0" in text for text in (*request.agent, scratch)):
             raise DriverError("a NUL character cannot stand in a command line", hint="rename the file")
@@ -136,23 +187,31 @@ class ProcessDriver:
             driver=self.name,
             argv=request.agent,
             environment=environment,
-            notes=(_NO_ISOLATION,),
+            notes=(_NO_ISOLATION, *((_NO_BOUNDS,) if windows else ())),
             data={"directory": scratch, "limits": {"core": 0, "data": request.memory}},
         )
 
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[ProcessMachine]:
-        with open_pipe() as (console, theirs):
-            child = spawn(
-                plan.argv,
-                stdout=theirs,
-                stderr=theirs,
-                env=plan.environment,
-                cwd=plan.data["directory"],
-                limits=plan.data["limits"],
-                no_new_privileges=True,
-            )
-        machine = ProcessMachine(child, console)
+        button = Button()
+        try:
+            with open_pipe() as (console, theirs):
+                child = spawn(
+                    plan.argv,
+                    stdin=button.theirs,
+                    stdout=theirs,
+                    stderr=theirs,
+                    env=plan.environment,
+                    cwd=plan.data["directory"],
+                    limits=plan.data["limits"],
+                    no_new_privileges=True,
+                )
+        except BaseException:
+            button.close()
+            raise
+        finally:
+            button.handed_over()
+        machine = ProcessMachine(child, console, button)
         async with open_background() as background:
             background.start_soon(machine.watch)
             try:
@@ -163,6 +222,7 @@ class ProcessDriver:
                         await child.end((signal.SIGTERM, TERM_GRACE))
                         await terminate(child.handle)  # what has left the agent's group
                     finally:
+                        button.close()
                         await console.aclose()
 
     async def release(self, handle: JsonObject) -> None:

@@ -252,6 +252,8 @@ def _display(request: LaunchRequest, platform: str) -> list[str]:
     match request.display:
         case "none":
             return ["-display", "none"]
+        case "vnc" if platform == "win32":
+            raise DriverError("display vnc: not served on Windows", hint="display: none")
         case "vnc":
             path = f"{request.runtime}/screen/vnc"
             _check_socket(path, platform)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import ClassVar
@@ -12,7 +11,7 @@ import trio
 
 from kenaz_drivers._common.background import open_background
 from kenaz_drivers._common.output import Console, LogTail, describe_end
-from kenaz_drivers._common.process import ChildProcess, open_pipe, spawn
+from kenaz_drivers._common.process import ChildProcess
 from kenaz_drivers._common.terminate import terminate
 from kenaz_drivers.contract import (
     MARK,
@@ -24,8 +23,9 @@ from kenaz_drivers.contract import (
     LaunchRequest,
 )
 from kenaz_drivers.qemu import probe
-from kenaz_drivers.qemu.argv import CHARDEV_ID, PORT_ID, Facts, build
+from kenaz_drivers.qemu.argv import CHARDEV_ID, PORT_ID, Facts, build, console_pipe
 from kenaz_drivers.qemu.qmp import Event, QmpClient, QmpError, QmpRefused
+from kenaz_drivers.qemu.wiring import NamedConsole, connect
 
 GREETING_DEADLINE = 20.0
 """Seconds for QEMU to set the machine up and answer. It takes 0.05; a cold, busy disk has taken 5."""
@@ -108,6 +108,8 @@ class QemuMachine:
     async def watch(self) -> None:
         """Waits for the end of QEMU and makes it known."""
         code = await self._child.wait()
+        if isinstance(self._console, NamedConsole):
+            self._console.give_up()
         with trio.move_on_after(DRAIN_GRACE):
             await self._qmp.ended.wait()
             await self._log.ended.wait()
@@ -247,7 +249,8 @@ class QemuDriver:
         capabilities = request.capabilities
         if "facts" not in capabilities.data:
             raise capabilities.refusal("QEMU")
-        command = build(request, Facts.from_json(capabilities.data["facts"]))
+        facts = Facts.from_json(capabilities.data["facts"])
+        command = build(request, facts)
         fallback = str(capabilities.data.get("fallback", ""))
         return LaunchPlan(
             driver=self.name,
@@ -255,45 +258,26 @@ class QemuDriver:
             # Nothing else of ours: a guest that breaks out of QEMU must not find our environment there.
             environment={
                 "LC_ALL": "C.UTF-8",
+                **capabilities.data.get("environment", {}),
                 **(capabilities.data.get("desktop", {}) if request.display == "window" else {}),
                 **({MARK: request.mark} if request.mark else {}),
             },
             descriptors=command.descriptors,
             helpers=command.helpers,
             notes=((fallback,) if fallback else ()) + command.notes,
+            data={"console": rf"\\.\pipe\{console_pipe(request)}"} if facts.platform == "win32" else {},
         )
 
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[QemuMachine]:
-        if not plan.descriptors:
-            raise DriverError("a QEMU of Windows is planned for, and not started yet", hint="driver: hyperv")
-        own = {"qmp": socket.socketpair(), "console": socket.socketpair()}
-        try:
-            numbers = {purpose: theirs.fileno() for purpose, (_, theirs) in own.items()} | dict(descriptors)
-            missing = [purpose for purpose in plan.descriptors.values() if purpose not in numbers]
-            if missing:
-                raise DriverError(f"QEMU needs an open descriptor for {', '.join(missing)}")
-            with open_pipe() as (log, log_end):
-                child = spawn(
-                    plan.argv,
-                    descriptors={number: numbers[purpose] for number, purpose in plan.descriptors.items()},
-                    stderr=log_end,
-                    env=plan.environment,
-                )
-        except BaseException:
-            for ours, _ in own.values():
-                ours.close()
-            raise
-        finally:
-            for _, theirs in own.values():
-                theirs.close()
-
-        qmp, console = (_stream(own[purpose][0]) for purpose in ("qmp", "console"))
-        machine = QemuMachine(child, qmp, console)
+        wires = connect(plan, descriptors)
+        machine = QemuMachine(wires.child, wires.qmp, wires.console)
         async with open_background() as background:
             background.start_soon(machine.serve_monitor)
-            background.start_soon(lambda: machine.read_log(log))
+            background.start_soon(lambda: machine.read_log(wires.log))
             background.start_soon(machine.watch)
+            if isinstance(wires.console, NamedConsole):
+                background.start_soon(wires.console.open)
             try:
                 yield machine
             finally:
@@ -301,12 +285,7 @@ class QemuDriver:
                     try:
                         await machine.kill()
                     finally:
-                        for stream in (qmp, console, log):
-                            await stream.aclose()
+                        await wires.aclose()
 
     async def release(self, handle: JsonObject) -> None:
         await terminate(handle)
-
-
-def _stream(ours: socket.socket) -> trio.SocketStream:
-    return trio.SocketStream(trio.socket.from_stdlib_socket(ours))

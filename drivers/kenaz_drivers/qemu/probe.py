@@ -24,6 +24,7 @@ from kenaz_drivers._common.accelerator import (
     run_guest,
 )
 from kenaz_drivers._common.process import capture
+from kenaz_drivers._common.windows import needed_environment
 from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
 from kenaz_drivers.qemu.argv import VSOCK_DAEMON, Facts, accelerator_option, cpu_option
 
@@ -59,10 +60,8 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
     reasons += [daemon_reason] if sys.platform == "linux" else []
     transports = {"vsock": vsock.works, "virtio-serial": True, "vhost-user-vsock": bool(daemon), "tcp": True}
     fallback = "; ".join(reason.text for reason in chosen if not reason.ok)
-    if sys.platform == "win32":
-        reasons.append(Reason(False, "QEMU is planned for on Windows, and not started yet", "driver: hyperv"))
     return Capabilities(
-        usable=bool(accelerator) and sys.platform != "win32",
+        usable=bool(accelerator),
         reasons=tuple(reasons),
         arch=arch,
         accelerator=accelerator or "none",
@@ -73,6 +72,7 @@ async def probe(arch: str, options: JsonObject) -> Capabilities:
             "facts": json.loads(json.dumps(asdict(facts))),
             "fallback": fallback,
             **_desktop(),
+            **({"environment": needed} if (needed := needed_environment()) else {}),
             **({VSOCK_DAEMON: daemon} if daemon else {}),
         },
     )
@@ -172,7 +172,8 @@ async def _study(binary: str, arch: str, accel: str) -> tuple[Facts, dict[str, V
     except (LookupError, TypeError):
         cache.forget()
         facts = await _ask(binary)
-        cache.facts = json.loads(json.dumps(asdict(facts)))
+        if facts.machines and facts.accelerators:  # else some question was not answered, this time
+            cache.facts = json.loads(json.dumps(asdict(facts)))
     verdicts: dict[str, Verdict] = {}
     if arch == host_arch():
         for name, device in (("kvm", "/dev/kvm"), ("hvf", ""), ("whpx", "")):
@@ -216,7 +217,8 @@ async def _ask(binary: str) -> Facts:
         version=version[1],
         machines=tuple(sorted(machines & _MACHINES)),
         accelerators=tuple(sorted(accelerators & {"kvm", "hvf", "whpx", "tcg"})),
-        sandbox="\n-sandbox " in answers["-help"],
+        # It is Linux's; the help names it everywhere.
+        sandbox=sys.platform == "linux" and "\n-sandbox " in answers["-help"],
         platform=sys.platform,
         firmware=next((path for path in firmware_places(binary, sys.platform) if Path(path).is_file()), ""),
     )

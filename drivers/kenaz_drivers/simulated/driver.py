@@ -1,6 +1,6 @@
 """The driver `simulated`: a machine that is a script, on trio's clock and without any process.
 
-For tests and rehearsals. Its guest dials the UNIX socket of the session and speaks the channel's protocol as
+For tests and rehearsals. Its guest dials the local socket of the session and speaks the channel's protocol as
 far as a session needs: hello, pong, and bye when it is asked to drain.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import trio
 
 from kenaz_drivers._common.background import open_background
+from kenaz_drivers._common.loopback import dial_local
 from kenaz_drivers.contract import (
     Capabilities,
     DriverError,
@@ -180,7 +181,7 @@ class SimulatedMachine:
         """What the guest says on the channel. A dead machine's connection is closed with it."""
         await self._at(self._script["dial"])
         try:
-            stream = await trio.open_unix_socket(self._data["channel"])
+            stream = await dial_local(self._data["channel"])
             async with stream, trio.open_nursery() as nursery:
                 nursery.start_soon(self._converse, stream, nursery.cancel_scope)
                 await self._gone.wait()

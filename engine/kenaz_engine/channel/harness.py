@@ -1,14 +1,16 @@
-"""The far side of the relay: a harness that listens on a UNIX socket, or the built-in one of the demo."""
+"""The far side of the relay: a harness that listens on this host, or the built-in one of the demo."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import trio
 
+from kenaz_drivers.host import dial_loopback
 from kenaz_engine.channel import strict_json
 from kenaz_engine.channel.connection import Connection
 from kenaz_engine.channel.framing import FramingError, LengthPrefixed
@@ -17,6 +19,17 @@ from kenaz_engine.channel.resume import Inbox, NotKept, read_ack
 
 LAST_WORD = 1.0
 """Seconds that writing `session.close` may take."""
+
+HARNESSES = (
+    {"loopback": "loopback:FILE"}
+    if sys.platform == "win32"
+    else {
+        "unix": "unix:PATH",
+        "loopback": "loopback:FILE",
+    }
+)
+"""How a harness is named on this host: by a UNIX socket, or by the file that
+kenaz_drivers/_common/loopback.py describes."""
 
 RETRY = 0.1
 """Seconds between two attempts to reach a harness that is not there."""
@@ -94,7 +107,7 @@ Dial = Callable[[], Awaitable[trio.abc.Stream]]
 
 
 class UnixHarness:
-    """A harness that listens on a UNIX socket; the launcher dials it, and again where it can resume [Z7].
+    """A harness that listens on this host; the launcher dials it, and again where it can resume [Z7].
 
     `dial` is None where it can be dialled only once.
     """
@@ -315,13 +328,17 @@ def _resume(payload: bytes) -> int | None:
 
 
 async def connect_harness(address: str, limits: Limits) -> UnixHarness:
-    """Dials the harness at `unix:PATH`, for as long as `limits.grace` gives it to come. Raises
-    HarnessError."""
+    """Dials the harness at `unix:PATH` or `loopback:FILE`, for as long as `limits.grace` gives it to come.
+    Raises HarnessError."""
     scheme, _, path = address.partition(":")
-    if scheme != "unix" or not path:
-        raise HarnessError(f"{address!r} is not the address of a harness", hint="write unix:PATH")
+    if scheme not in HARNESSES or not path:
+        raise HarnessError(
+            f"{address!r} is not the address of a harness", hint=f"write {' or '.join(HARNESSES.values())}"
+        )
 
     async def dial() -> trio.abc.Stream:
+        if scheme == "loopback":
+            return await dial_loopback(path)
         return await trio.open_unix_socket(path)
 
     failure: OSError | None = None

@@ -14,6 +14,8 @@ import trio
 
 from kenaz_drivers.contract import Capabilities, DriverError, Reason
 from kenaz_drivers.registry import NEVER_CHOSEN, driver_names, load, pick
+from kenaz_engine.channel.transports import TransportError
+from kenaz_engine.channel.transports.local import check_local
 from kenaz_engine.cli.failures import ENVIRONMENT, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.output import Paint, plain, print_json
 from kenaz_engine.images.catalog import ImageError, default_cache, find_image
@@ -98,8 +100,9 @@ def directory_reason(directory: Path, mend: str) -> Reason:
 def _socket_reason() -> Reason:
     directory = state_home() / "sessions" / LONGEST_ID
     try:
+        check_local()
         sockets = socket_directory(directory)
-    except DirectoryError as error:
+    except (DirectoryError, TransportError) as error:
         return Reason(False, str(error), error.hint)
     if sockets == directory:
         return Reason(True, "paths of sockets are short enough in the state directory")

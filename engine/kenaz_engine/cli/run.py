@@ -40,8 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session-id", metavar="ID", help="the session's id, instead of a random one")
     parser.add_argument(
         "--harness",
-        metavar="unix:PATH",
-        help="the harness that listens there answers the guest (without it: a built-in demo harness)",
+        metavar="ADDRESS",
+        help="the harness that listens there, unix:PATH or loopback:FILE, answers the guest (without it: a "
+        "built-in demo harness)",
     )
     parser.add_argument("--offline", action="store_true", help="fetch nothing: use the image that is here")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
@@ -120,19 +121,23 @@ def _connector(address: str | None, view: View, resolved: ResolvedSession) -> Co
 def _check_harness(address: str, resolved: ResolvedSession) -> None:
     """A wrong address is better found now than when the guest is up. A harness that is not there yet may
     come, where the spec gives it time."""
-    path = address.removeprefix("unix:")
-    if path == address or not path:
-        raise CommandError(f"--harness {address}: it must be unix:PATH", code=USAGE)
+    from kenaz_engine.channel.harness import HARNESSES
+
+    scheme, _, path = address.partition(":")
+    if scheme not in HARNESSES or not path:
+        raise CommandError(f"--harness {address}: it must be {' or '.join(HARNESSES.values())}", code=USAGE)
     if not Path(path).parent.is_dir():
-        hint = "name a socket in a directory that exists"
+        hint = f"name a {'socket' if scheme == 'unix' else 'file'} in a directory that exists"
         raise CommandError(f"--harness: {Path(path).parent} is no directory", hint, ENVIRONMENT)
     if not Path(path).exists():
         if resolved.channel.grace:
             return
         hint = "start the harness first, or give it time by spec.channel.grace"
         raise CommandError(f"--harness: nothing is at {path}", hint, ENVIRONMENT)
-    if not Path(path).is_socket():
+    if scheme == "unix" and not Path(path).is_socket():
         raise CommandError(f"--harness: {path} is not a socket", code=USAGE)
+    if scheme == "loopback" and not Path(path).is_file():
+        raise CommandError(f"--harness: {path} is not a file", code=USAGE)
 
 
 class _Output:

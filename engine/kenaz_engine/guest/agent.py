@@ -2,10 +2,12 @@
 
 Runs on the standard library alone, as one file, in two places: in the demo image under its init
 (`--machine`), and as an ordinary child process where there is no hypervisor: `python -I agent.py --env FILE
-[--root DIR]`. Under emulation each import costs the boot dearly: only light modules stand at the top.
+[--root DIR]`, also on Windows, where it runs no commands. Under emulation each import costs the boot dearly:
+only light modules stand at the top.
 
 What it is to do comes from the environment file (see docs/reference/image.md). Exit status: 0 after bye or on
-SIGTERM, 2 for a bad environment file, 10 power off, 11 reboot; anything else is a crash.
+SIGTERM (on Windows: at the end of standard input), 2 for a bad environment file, 10 power off, 11 reboot;
+anything else is a crash.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ import json
 import os
 import sys
 import time
-
-assert sys.platform != "win32"  # a guest is Linux, and where it is a process there are UNIX sockets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     Script = Generator[Message, Message, None]
     """Yields a request without its id; is sent the message that ended it. Says bye by `raise Bye`."""
 
+# What Windows lacks is used in the functions that are not called there; so its types are not checked.
+assert not TYPE_CHECKING or sys.platform != "win32"
+WINDOWS = os.name == "nt"
+
 VERSION = "0.1.0"
 PROTOCOL = 1
-CAPABILITIES = ["tools", "prompts", "exec", "resume"]
+CAPABILITIES = ["tools", "prompts", *([] if WINDOWS else ["exec"]), "resume"]
 MAX_FRAME = 16 << 20
 """Bytes of the largest frame taken from the host."""
 
@@ -212,6 +216,10 @@ class Wire:
         self.outlives_agents = outlives_agents
         self.memory: Memory | None = None
         self._fd = fd
+        if WINDOWS:  # where a socket is no descriptor
+            import socket
+
+            self._socket = socket.socket(fileno=fd)
         self._buffer = bytearray()
         self._early: list[Message] = []
 
@@ -246,7 +254,7 @@ class Wire:
         data = memoryview(whole)
         try:
             while data:
-                data = data[os.write(self._fd, data) :]
+                data = data[self._put(data) :]
         except OSError as error:
             raise Closed(error.strerror) from error
 
@@ -278,7 +286,7 @@ class Wire:
 
     def _read(self) -> None:
         try:
-            data = os.read(self._fd, 65536)
+            data = self._get(65536)
         except OSError as error:
             raise Closed(error.strerror) from error
         if not data:
@@ -291,7 +299,16 @@ class Wire:
 
     def close(self) -> None:
         """Closes the descriptor."""
-        os.close(self._fd)
+        if WINDOWS:
+            self._socket.close()
+        else:
+            os.close(self._fd)
+
+    def _put(self, data: memoryview) -> int:
+        return self._socket.send(data) if WINDOWS else os.write(self._fd, data)
+
+    def _get(self, size: int) -> bytes:
+        return self._socket.recv(size) if WINDOWS else os.read(self._fd, size)
 
     def _take(self) -> Message | None:
         """The next message that has come, but for acks."""
@@ -327,6 +344,8 @@ class Wire:
     def _wait_readable(self, seconds: float) -> bool:
         import select
 
+        if WINDOWS:
+            return bool(select.select([self._socket], [], [], max(0.0, seconds))[0])
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         return bool(poll.poll(max(0.0, seconds) * 1000))
@@ -340,7 +359,9 @@ def open_channel(channel: str) -> int:
     import socket
 
     address: Any
-    if kind == "unix":
+    if kind == "loopback":
+        return _open_loopback(rest)
+    if kind == "unix" and not WINDOWS:
         family, address = socket.AF_UNIX, rest
     elif kind == "vsock" and sys.platform == "linux":
         cid, _, port = rest.partition(":")
@@ -349,6 +370,23 @@ def open_channel(channel: str) -> int:
         raise ValueError(f"unknown kind of channel: {kind}")
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.connect(address)
+        return connection.detach()
+
+
+def _open_loopback(path: str) -> int:
+    """Dials the port of 127.0.0.1 that the file names, and lets each side prove that it can read it."""
+    import socket
+
+    with open(path, encoding="ascii") as file:
+        said = json.load(file)
+    with socket.create_connection(("127.0.0.1", said["port"]), timeout=5) as connection:
+        connection.sendall(said["ask"].encode() + b"\n")
+        wanted, answer = said["answer"].encode() + b"\n", b""
+        while len(answer) < len(wanted) and (data := connection.recv(len(wanted) - len(answer))):
+            answer += data
+        if answer != wanted:
+            raise ConnectionAbortedError(103, "who listens there is not the launcher")
+        connection.settimeout(None)
         return connection.detach()
 
 
@@ -370,7 +408,7 @@ def _open_port(name: str) -> int:
 
 def _demo(agent: Agent, argument: str) -> Script:
     """Greets, uses a tool that is allowed and one that is not, and says what came of it."""
-    kernel = f"{os.uname().sysname} {os.uname().release}"
+    kernel = "Windows" if WINDOWS else f"{os.uname().sysname} {os.uname().release}"
     yield prompt(f"hello from SigilOS demo, kernel {kernel}, boot {boottime():.1f} s")
     outcomes = []
     for tool in ("fs.read", "fs.delete"):
@@ -401,8 +439,14 @@ def _environment(agent: Agent, name: str) -> Script:
 
 def _disk(agent: Agent, argument: str) -> Script:
     """Says how large the root file system is."""
-    fs = os.statvfs(agent.path("/"))
-    yield prompt(f"root file system has {fs.f_blocks * fs.f_frsize} bytes")
+    if WINDOWS:
+        import shutil
+
+        size = shutil.disk_usage(agent.path("/")).total
+    else:
+        fs = os.statvfs(agent.path("/"))
+        size = fs.f_blocks * fs.f_frsize
+    yield prompt(f"root file system has {size} bytes")
 
 
 def _workbench(agent: Agent, argument: str) -> Script:
@@ -567,10 +611,10 @@ def say(text: str) -> None:
 
 def boottime() -> float:
     """Seconds since the kernel started, sleep included."""
-    clock = time.CLOCK_MONOTONIC  # of macOS, where the agent runs as a process
     if sys.platform == "linux":
-        clock = time.CLOCK_BOOTTIME
-    return time.clock_gettime(clock)
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    else:  # noqa: RET505  # so that each system's types are checked
+        return time.monotonic()  # macOS and Windows, where the agent runs as a process
 
 
 # A command of the host's ----------------------------------------------------------------------------------
@@ -959,6 +1003,19 @@ def _on_sigterm(*, ignore: bool) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if ignore else lambda *_: sys.exit(0))
 
 
+def _on_end_of_input(agent: Agent) -> None:
+    """What SIGTERM is elsewhere: on Windows no process can be asked to end by a signal."""
+    import threading
+
+    def wait() -> None:
+        while os.read(0, 64):
+            pass
+        if not agent.deaf:
+            os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(argv: list[str]) -> int:
     """The command line; read by hand, because argparse is slow to import."""
     started = boottime()
@@ -979,9 +1036,12 @@ def main(argv: list[str]) -> int:
         told = {"init": "KENAZ_CLOCK_INIT", "login": "KENAZ_CLOCK_LOGIN"}
         clock = {name: float(os.environ[key]) for name, key in told.items() if key in os.environ}
         clock["agent"] = round(started, 3)
-    if not owns_machine:
+    agent = Agent(settings, root=options.get("--root", "/"), owns_machine=owns_machine, clock=clock)
+    if WINDOWS:
+        _on_end_of_input(agent)
+    elif not owns_machine:
         _on_sigterm(ignore=False)
-    Agent(settings, root=options.get("--root", "/"), owns_machine=owns_machine, clock=clock).run()
+    agent.run()
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.qcow2 import HEADER, HEADER_3, MAGIC, MAX_L1, SECTOR
+from kenaz_engine.openflags import PLAIN
 
 _MIN_HEADER_3 = HEADER.size + HEADER_3.size
 _MAX_CLUSTER = 1 << 21  # bytes of the largest cluster; header and extensions lie in the first
@@ -54,7 +55,7 @@ def inspect_disk(path: Path) -> DiskFile:
     another format that QEMU knows is refused, all else is raw. Raises ImageError, and OSError when the file
     cannot be read.
     """
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    file = os.open(path, os.O_RDONLY | PLAIN | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):

@@ -18,6 +18,7 @@ from kenaz_engine.images import qcow2
 from kenaz_engine.images.clonefile import clone_file
 from kenaz_engine.images.diskfile import inspect_disk
 from kenaz_engine.images.errors import ImageError
+from kenaz_engine.openflags import PLAIN
 
 _CHUNK = 16 << 20  # bytes copied at once: some 10 ms, after which a cancel is heard
 
@@ -64,28 +65,29 @@ async def create_disk(path: Path, disk_format: str, *, base: Path, base_format: 
     _check_format(base_format, disk_format)
     file, cloned = _begin(path, base, disk_format)
     try:
-        path.chmod(0o600)
-        with _room(path):
-            if disk_format == "qcow2":
-                _write_overlay(file, base, base_format, size)
-                return "overlay"
-            how = "clone" if cloned else await _copy(file, base)
-            os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
-            return how
+        try:
+            path.chmod(0o600)
+            with _room(path):
+                if disk_format == "qcow2":
+                    _write_overlay(file, base, base_format, size)
+                    return "overlay"
+                how = "clone" if cloned else await _copy(file, base)
+                os.ftruncate(file, -(-size // qcow2.SECTOR) * qcow2.SECTOR)
+                return how
+        finally:
+            os.close(file)  # first: Windows removes nothing that is open
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(file)
 
 
 def _begin(path: Path, base: Path, disk_format: str) -> tuple[int, bool]:
     """A new file, open, and whether it is a clone of the base already. A base may be nobody's to write."""
     if disk_format != "raw" or not clone_file(base, path):
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), False
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o600), False
     try:
         path.chmod(0o600)
-        return os.open(path, os.O_WRONLY), True
+        return os.open(path, os.O_WRONLY | PLAIN), True
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -127,7 +129,7 @@ def _write_overlay(file: int, base: Path, base_format: str, size: int) -> None:
 
 
 async def _copy(file: int, base: Path) -> str:
-    source = os.open(base, os.O_RDONLY)
+    source = os.open(base, os.O_RDONLY | PLAIN)
     try:
         if _reflink(source, file):
             how = "reflink"

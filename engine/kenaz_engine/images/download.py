@@ -36,6 +36,7 @@ from kenaz_engine.images.transfer import (
     request_headers,
     shown,
 )
+from kenaz_engine.openflags import PLAIN
 
 if TYPE_CHECKING:
     import ssl
@@ -95,7 +96,7 @@ class _Part:
         self._restart_digests()
 
     def _opened(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_RDWR | os.O_CREAT | PLAIN
         try:
             return os.open(self._path, flags, 0o644)
         except PermissionError:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import trio
+
+from kenaz_engine.openflags import PLAIN
 
 POLL = 0.05
 """Seconds between two looks at a lock that somebody else holds."""
@@ -51,10 +54,14 @@ class FileLock:
         """Gives it back; with `remove`, the file goes first, while it is locked. Idempotent."""
         if self.file < 0:
             return
-        if remove:
+        if remove and sys.platform != "win32":
             self.path.unlink(missing_ok=True)
         os.close(self.file)
         self.file = -1
+        if remove and sys.platform == "win32":
+            # There an open file cannot go; so one that somebody else has locked since stays.
+            with suppress(PermissionError):
+                self.path.unlink(missing_ok=True)
 
 
 def try_lock(path: Path, *, shared: bool = False, create: bool = False) -> FileLock | None:
@@ -63,7 +70,7 @@ def try_lock(path: Path, *, shared: bool = False, create: bool = False) -> FileL
     Never one on a file that has lost its name meanwhile. Raises FileNotFoundError without `create`, and
     OSError.
     """
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | (os.O_CREAT if create else 0)
+    flags = os.O_RDONLY | PLAIN | (os.O_CREAT if create else 0)
     while True:
         # Read only: a lock file that another user of a shared store has made cannot be opened for more.
         file = os.open(path, flags, 0o666)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from kenaz_engine.journal.records import DURABLE, GENESIS, decode_all, encode
+from kenaz_engine.openflags import PLAIN
 
 KILL = "KENAZ_TEST_KILL"
 """The environment variable by which a test has the process killed at a record; see `mortal`."""
@@ -61,7 +62,7 @@ class Journal:
         return journal, records
 
     def _open(self, path: Path, flags: int, monotonic: Clock, wall: Clock) -> None:
-        flags |= os.O_WRONLY | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
+        flags |= os.O_WRONLY | os.O_APPEND | PLAIN
         self.path = path
         self._file = os.open(path, flags, 0o600)
         self._monotonic = monotonic

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from kenaz_drivers.contract import Content, DriverError, LaunchPlan, Machine, Placing, Screen
+from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports import Listener, TransportError
-from kenaz_engine.channel.transports.tcp import LOOPBACK, ForwardedPort, reserve_port
-from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.channel.transports.hyperv import listen_hyperv, service_id
+from kenaz_engine.channel.transports.local import SERIAL_BY_PORT, LocalListener, listen_local
+from kenaz_engine.channel.transports.tcp import ForwardedPort, reserve_port
 from kenaz_engine.channel.transports.vfkit import listen_vfkit
-from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial
+from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial, listen_serial_port
 from kenaz_engine.channel.transports.vsock import Claim, VsockListener, claim_cid, listen_vsock
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.builds import Build, Offered
@@ -36,6 +39,7 @@ from kenaz_engine.images.locks import Held
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.images.store import digest_of
 from kenaz_engine.images.transfer import Meter, Notice, Progress, Watch
+from kenaz_engine.images.vhdx import ensure_base
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.console import Console
 from kenaz_engine.session.guest import (
@@ -51,7 +55,7 @@ from kenaz_engine.session.helpers import start_helper
 from kenaz_engine.session.ledger import AcquireTimeout, Made
 from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.recorder import Recorder, RecordLost
-from kenaz_engine.session.resources import file_handle, made_directory, made_file
+from kenaz_engine.session.resources import file_handle, made_directory, made_file, planned_file
 from kenaz_engine.session.runner import ActivityError, ActivityFunction, Work
 from kenaz_engine.session.seams import Connect, Show, unless_exiting
 from kenaz_engine.session.vocabulary import VOCABULARY
@@ -78,7 +82,7 @@ ALARM_LENGTH = 200
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
 
-_LISTEN: Mapping[str, Callable[[str], UnixListener | SerialPort]] = {
+_LISTEN: Mapping[str, Callable[[str], LocalListener | SerialPort]] = {
     "virtio-serial": listen_serial,
     "vfkit": listen_vfkit,
 }
@@ -211,6 +215,8 @@ class Activities:
             intent = {"digest": image.digest}
             if self._build is not None:
                 intent["build"] = self._build.digest
+            if disk_formats(self._prepared, image)[0] == "vhdx":
+                await ensure_base(image, resolved.machine.disk, default_cache(), ensured.held)
             await work.ledger.acquire("image", "image-reference", intent, make)
         except BaseException:
             for one in held:
@@ -274,6 +280,8 @@ class Activities:
             if self._image is None:
                 root.mkdir(mode=0o700)
                 return made_directory(root), None
+            if root_format == "vhdx":
+                return planned_file(root), None
             image, size = self._image, self._prepared.resolved.machine.disk
             with _naming(root):
                 how = await create_disk(
@@ -291,7 +299,7 @@ class Activities:
             return made_directory(config) if directory else made_file(config), None
 
         if root_format != MADE_THERE:
-            kind = "directory" if root_format == "directory" else "file"
+            kind = {"directory": "directory", "vhdx": "planned-file"}.get(root_format, "file")
             await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
         await self._listen(work)
         kind = "directory" if config_format == "directory" else "file"
@@ -328,10 +336,26 @@ class Activities:
 
             await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_port)
             return
+        if transport == "hyperv":
+
+            async def make_service() -> tuple[Made, None]:
+                return Made({"service": service_id(wanted)}, self._end_service), None
+
+            # Who may dial is known when the machine is made; it is listened for before it runs.
+            await work.ledger.acquire("socket", "port", {"service": service_id(wanted)}, make_service)
+            return
+        if transport == "virtio-serial" and SERIAL_BY_PORT:
+
+            async def make_serial() -> tuple[Made, None]:
+                self._listener = port = listen_serial_port()
+                return Made({"address": port.address}, port.aclose), None
+
+            await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_serial)
+            return
         path = self._layout.listening(transport, wanted)
 
         async def make_socket() -> tuple[Made, None]:
-            self._listener = listener = _LISTEN.get(transport, listen_unix)(path)
+            self._listener = listener = _LISTEN.get(transport, listen_local)(path)
             return Made(file_handle(Path(path)), listener.aclose), None
 
         await work.ledger.acquire("socket", "socket", {"path": path}, make_socket)
@@ -340,6 +364,10 @@ class Activities:
         assert self._listener is not None
         await self._listener.aclose()
         self._close_claim()
+
+    async def _end_service(self) -> None:
+        if self._listener is not None:
+            await self._listener.aclose()
 
     def _close_claim(self) -> None:
         """QEMU has its own copy from its start on; the CID is free when the last one is closed."""
@@ -350,8 +378,15 @@ class Activities:
     async def _start_machine(self, work: Work) -> None:
         cid = self._claim.cid if self._claim else None
         forward = self._listener.port if isinstance(self._listener, ForwardedPort) else 0
+        channel = self._listener.port_address if isinstance(self._listener, SerialPort) else ""
         request = launch_request(
-            self._prepared, self._layout, self._image, self._build, cid=cid, forward=forward
+            self._prepared,
+            self._layout,
+            self._image,
+            self._build,
+            cid=cid,
+            forward=forward,
+            channel=channel,
         )
         plan = self._prepared.driver.plan(request)
 
@@ -369,7 +404,11 @@ class Activities:
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
         if isinstance(self._listener, VsockListener) and cid is None:
             self._listener.expect(int(machine.handle["cid"]))
+        if isinstance(self._listener, SerialPort) and "pid" in machine.handle:
+            self._listener.expect(int(machine.handle["pid"]))
         try:
+            if self._prepared.transport == "hyperv":
+                self._listener = listen_hyperv(self._port, machine=str(machine.handle["vm"]))
             await machine.ready()
         finally:
             self._machine_ready_or_not.set()
@@ -534,9 +573,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """The config disk as a directory, for drivers that run no machine: 0700, its files 0400."""
+    """The config disk as a directory, for drivers that run no machine: 0700, its files 0400. On Windows what
+    is read-only could not be removed."""
+    mode = 0o600 if sys.platform == "win32" else 0o400
     path.mkdir(mode=0o700)
     for name, content in files.items():
-        file = os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        file = os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(file, "wb") as stream:
             stream.write(content)

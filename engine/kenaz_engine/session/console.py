@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kenaz_engine.openflags import PLAIN
+
 HEAD_BYTES = 1 << 20
 """Bytes of the beginning that are kept in the file."""
 
@@ -33,7 +35,7 @@ class Console:
         """Raises OSError when the file cannot be made, re.error for a bad pattern."""
         self._patterns = [(name, re.compile(pattern)) for name, pattern in patterns]
         self._on_match = on_match
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | PLAIN, 0o600)
         self._written = 0
         self._dropped = 0
         self._tail = bytearray()

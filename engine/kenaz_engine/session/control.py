@@ -8,7 +8,6 @@ the session's own user (or root) is heard.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import trio
 
 from kenaz_drivers.contract import DriverError
+from kenaz_drivers.host import dial_local
 from kenaz_engine.channel.transports import TransportError
-from kenaz_engine.channel.transports.unix import UnixListener
+from kenaz_engine.channel.transports.local import LocalListener
 
 COMMANDS = ("end", "abort", "screenshot")
 
@@ -35,7 +35,7 @@ class ControlError(Exception):
 
 
 async def serve_control(
-    listener: UnixListener, request: Callable[[str], None], photograph: Photograph
+    listener: LocalListener, request: Callable[[str], None], photograph: Photograph
 ) -> None:
     """Answers until the listener is closed; `request` is called with each command to end that was asked for,
     `photograph` for a picture."""
@@ -65,7 +65,7 @@ async def ask(path: Path, command: str, /, **arguments: str) -> None:
     reply: dict[str, Any] = {}
     with trio.move_on_after(_PATIENCE) as scope:
         try:
-            async with await trio.open_unix_socket(os.fspath(path)) as stream:
+            async with await dial_local(path) as stream:
                 await stream.send_all(json.dumps({"command": command, **arguments}).encode() + b"\n")
                 reply = json.loads(await _read_line(stream) or b"{}")
         except (OSError, ValueError, trio.BrokenResourceError) as exc:

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from typing import Any
 import trio
 
 from kenaz_drivers.host import is_alive as process_is_alive
-from kenaz_engine.channel.transports.unix import SUN_PATH
+from kenaz_engine.channel.transports.local import LONGEST_PATH
 from kenaz_engine.journal.reader import Recording, read_journal
 from kenaz_engine.session.locks import Lock, is_locked, try_lock
 from kenaz_engine.shortage import what_to_do
@@ -81,7 +82,7 @@ def runtime_home() -> Path:
 
 def fits_socket(path: Path) -> bool:
     """True when a socket can have that path."""
-    return len(os.fsencode(path)) < SUN_PATH
+    return len(os.fsencode(path)) <= LONGEST_PATH
 
 
 def socket_directory(directory: Path) -> Path:
@@ -98,7 +99,7 @@ def socket_directory(directory: Path) -> Path:
     longest = candidates[-1] / max(SOCKETS, key=len)
     raise DirectoryError(
         f"a socket's path would be too long: {longest} has {len(os.fsencode(longest))} bytes, "
-        f"{SUN_PATH - 1} are possible",
+        f"{LONGEST_PATH} are possible",
         "set XDG_RUNTIME_DIR to a shorter directory",
     )
 
@@ -135,6 +136,8 @@ class SessionDirectory:
 
     def discard(self) -> None:
         """Removes the directory of a session that could not begin, unless it still holds a socket."""
+        if sys.platform == "win32":
+            self.close()  # what is open cannot be removed there
         if not any((self.path / name).exists() for name in SOCKETS):
             shutil.rmtree(self.path, ignore_errors=True)
 

@@ -12,9 +12,13 @@ from importlib import resources
 from pathlib import Path
 
 from kenaz_drivers.contract import VIRTIO_SERIAL_PORT, Content, Disk, LaunchRequest, Placing
+from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports.hybrid import guest_path
+from kenaz_engine.channel.transports.local import SCHEME, SERIAL_BY_PORT
 from kenaz_engine.images.builds import Build
+from kenaz_engine.images.catalog import default_cache
 from kenaz_engine.images.manifest import Image
+from kenaz_engine.images.vhdx import base_path
 from kenaz_engine.session.lifecycles import executes
 from kenaz_engine.session.prepared import Prepared
 
@@ -49,10 +53,13 @@ class Layout:
         return self.sockets / "vsock"
 
     def listening(self, transport: str, port: int) -> str:
-        """The path of the socket on which the launcher listens for the guest; empty for AF_VSOCK."""
+        """The path of the socket on which the launcher listens for the guest; empty for AF_VSOCK. Where the
+        hypervisor connects to a port instead, one stands for it that is not taken yet."""
         match transport:
             case "vsock" | "tcp" | "hyperv":
                 return ""
+            case "virtio-serial" if SERIAL_BY_PORT:
+                return f"{LOOPBACK}:{port}"
             case "vhost-user-vsock":
                 return guest_path(self.vsock, port)
             case _:
@@ -79,7 +86,7 @@ def disk_formats(prepared: Prepared, image: Image | None) -> tuple[str, str]:
     offered = prepared.capabilities.disk_formats
     convert = image is not None and image.root_format == "qcow2"
     root = next((name for name in offered if not (convert and name == "raw")), offered[0])
-    return root, "directory" if root == "directory" else "raw"
+    return root, {"directory": "directory", "vhdx": "iso"}.get(root, "raw")
 
 
 def guest_address(prepared: Prepared, layout: Layout, port: int) -> str:
@@ -93,7 +100,7 @@ def guest_address(prepared: Prepared, layout: Layout, port: int) -> str:
         case "vsock" | "vhost-user-vsock" | "vfkit" | "hyperv":
             return f"vsock:2:{port}"
         case _:
-            return f"unix:{layout.channel}"
+            return f"{SCHEME}:{layout.channel}"
 
 
 def guest_variables(
@@ -174,6 +181,15 @@ def _moved(request: LaunchRequest, prepared: Prepared, image: Image, build: Buil
     )
 
 
+def _root_disk(prepared: Prepared, layout: Layout, disk_format: str, image: Image | None) -> Disk:
+    """The disk that the guest writes to. The driver makes it itself where it is VHDX."""
+    path = str(layout.disk("root", disk_format))
+    if disk_format != "vhdx" or image is None:
+        return Disk("root", path, disk_format)
+    base = base_path(image, default_cache())
+    return Disk("root", path, disk_format, base=str(base), size=prepared.resolved.machine.disk)
+
+
 def launch_request(
     prepared: Prepared,
     layout: Layout,
@@ -182,9 +198,11 @@ def launch_request(
     *,
     cid: int | None = None,
     forward: int = 0,
+    channel: str = "",
 ) -> LaunchRequest:
     """What the driver plans from. `image` is None for drivers that boot none, which get no `build` either.
-    `forward` is a port of 127.0.0.1, 0 until there is one."""
+    `forward` is a port of 127.0.0.1, 0 until there is one; `channel` is where the launcher listens,
+    where that is no path that follows from the layout."""
     resolved = prepared.resolved
     root, config = disk_formats(prepared, image)
     workbench = Disk("workbench", str(build.path), "raw", readonly=True) if image and build else None
@@ -195,14 +213,14 @@ def launch_request(
         cpus=resolved.machine.cpus,
         memory=resolved.machine.memory,
         transport=prepared.transport,
-        channel=layout.listening(prepared.transport, resolved.channel.port),
+        channel=channel or layout.listening(prepared.transport, resolved.channel.port),
         port=resolved.channel.port,
         capabilities=prepared.capabilities,
         kernel=str(image.kernel) if image and image.kernel else "",
         initrd=str(image.initrd) if image and image.initrd else "",
         cmdline=image.cmdline if image else "",
         disks=(
-            Disk("root", str(layout.disk("root", root)), root),
+            _root_disk(prepared, layout, root, image),
             Disk("config", str(layout.disk("config", config)), config, readonly=True),
             *((workbench,) if workbench else ()),
         ),

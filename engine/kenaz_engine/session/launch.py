@@ -15,7 +15,7 @@ import trio
 from kenaz_drivers.host import identify
 from kenaz_engine import __version__
 from kenaz_engine.channel.transports import TransportError
-from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.channel.transports.local import LocalListener, listen_local
 from kenaz_engine.images.transfer import Watch
 from kenaz_engine.journal.opening import open_journal
 from kenaz_engine.journal.records import FORMAT
@@ -165,7 +165,7 @@ def _open_journal(directory: SessionDirectory) -> Journal:
         raise _cannot_begin(f"the journal {directory.journal} cannot be made", exc) from exc
 
 
-async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
+async def _open_control(ledger: Ledger, layout: Layout) -> LocalListener:
     """The first thing acquired, so the last given back: a session can be asked for as long as it holds
     anything. Raises DirectoryError."""
 
@@ -173,8 +173,8 @@ async def _open_control(ledger: Ledger, layout: Layout) -> UnixListener:
         make_socket_directory(layout.sockets)
         return made_directory(layout.sockets), None
 
-    async def make_socket() -> tuple[Made, UnixListener]:
-        listener = listen_unix(layout.control)
+    async def make_socket() -> tuple[Made, LocalListener]:
+        listener = listen_local(layout.control)
         return Made(made_file(layout.control).handle, listener.aclose), listener
 
     try:

@@ -33,7 +33,8 @@ def leftovers(journal: Path, left: Iterable[Left] = ()) -> list[str]:
 
 def _left(record: Mapping[str, Any]) -> str:
     handle = record["handle"]
-    if "inode" in handle and is_same(handle):
+    there = record["type"] == "planned-file" and Path(handle["path"]).exists()
+    if there or ("inode" in handle and is_same(handle)):
         return f"the {record['resource']} {handle['path']}"
     if "pid" in handle and is_alive(handle):
         return f"the {record['resource']}, process {handle['pid']}"

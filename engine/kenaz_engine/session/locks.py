@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from kenaz_engine.openflags import PLAIN
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -44,11 +46,15 @@ class Lock:
         """
         if self._file < 0:
             return
-        if remove:
+        if remove and sys.platform != "win32":
             with suppress(OSError):
                 self.path.unlink()
         os.close(self._file)
         self._file = -1
+        if remove and sys.platform == "win32":
+            # There an open file cannot go; so one that somebody else has locked since stays.
+            with suppress(OSError):
+                self.path.unlink()
 
 
 def try_lock(path: Path, *, create: bool = True) -> Lock | None:
@@ -56,7 +62,7 @@ def try_lock(path: Path, *, create: bool = True) -> Lock | None:
 
     Raises FileNotFoundError without `create` when there is no such file, OSError where locks do not work.
     """
-    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | (os.O_CREAT if create else 0)
+    flags = os.O_RDWR | PLAIN | (os.O_CREAT if create else 0)
     file = os.open(path, flags, 0o600)
     try:
         # Who held it may have removed the file since: then this lock is on nothing that others see.
@@ -73,7 +79,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on the file at `path`. Those who look do not hinder each other, and
     whoever takes the lock just then has to try again. Raises OSError where locks do not work."""
     try:
-        file = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        file = os.open(path, os.O_RDWR | PLAIN)
     except FileNotFoundError:
         return False
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from kenaz_engine.openflags import PLAIN
+
 SIZE = 4
 """As many as `shutil.rmtree` of a directory of the session's takes at once: one a level, and one more."""
 
@@ -17,7 +19,7 @@ class Reserve:
         self._files: list[int] = []
         try:
             for _ in range(SIZE):
-                self._files.append(os.open(os.devnull, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+                self._files.append(os.open(os.devnull, os.O_RDONLY | PLAIN))
         except OSError:
             self.close()
             raise

@@ -43,6 +43,13 @@ def made_directory(path: Path) -> Made:
     return Made(handle, partial(_remove_same, handle))
 
 
+def planned_file(path: Path) -> Made:
+    """A file that somebody else will make, in the session's own directory; it is given back as one that is
+    there."""
+    handle = {"path": str(path)}
+    return Made(handle, partial(_unlink, handle))
+
+
 async def _unlink_same(handle: Handle) -> None:
     if is_same(handle):
         Path(handle["path"]).unlink(missing_ok=True)
@@ -86,6 +93,7 @@ _WITH_THE_LAUNCHER: Mapping[str, Release] = dict.fromkeys(
 
 BY_INTENT: Mapping[str, Release] = {
     "file": _unlink,
+    "planned-file": _unlink,
     "socket": _unlink,
     "directory": _remove_tree,
     "process": _unlink_sockets,
@@ -96,6 +104,7 @@ their driver's."""
 
 BY_HANDLE: Mapping[str, Release] = {
     "file": _unlink_same,
+    "planned-file": _unlink,
     "socket": _unlink_same,
     "directory": _remove_same,
     "process": _end_process,

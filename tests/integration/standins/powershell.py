@@ -235,7 +235,7 @@ class Host:
         path, parent = Path(given["Path"]), Path(given["ParentPath"])
         if not given.get("Differencing") or not parent.is_file() or path.exists() or path.suffix != ".vhdx":
             raise ScriptError("Failed to create the virtual hard disk.")
-        path.write_bytes(b"vhdxfile")
+        path.write_text(f"vhdxfile {given.get('SizeBytes', 0)}")
 
     def new_vm(self, given: dict[str, Any]) -> dict[str, Any]:
         disk = Path(given["VHDPath"])
@@ -245,6 +245,8 @@ class Host:
             raise ScriptError("Invalid memory value assigned. It must be aligned to 2 MB.")
         made = {"Id": str(uuid.uuid4()), "State": "Off", "log": {}, **given}
         made["adapters"] = 1
+        if "Path" in given:
+            Path(given["Path"], given["Name"], "Virtual Machines").mkdir(parents=True)
         self.state[made["Id"]] = made
         return made
 

@@ -17,9 +17,8 @@ import sys
 
 import trio
 
+from kenaz_drivers.host import LOOPBACK
 from kenaz_engine.channel.transports import Accepted, TransportError
-
-LOOPBACK = "127.0.0.1"
 
 
 class ForwardedPort:

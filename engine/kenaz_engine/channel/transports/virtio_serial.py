@@ -1,6 +1,6 @@
 """A virtio-serial port: one stream for as long as the machine runs, whoever opens it in the guest.
 
-QEMU connects to our UNIX socket as it starts, long before there is a guest, and stays connected while agents
+QEMU connects to our socket as it starts, long before there is a guest, and stays connected while agents
 in the guest open the port, die, and open it again. What one of them left of a frame, in either direction, is
 still in the stream when the next one writes. That one begins with a mark (rule F6 of the protocol), so what
 stands before the mark is dropped; nothing is guessed from what the bytes look like or when they come.
@@ -18,8 +18,9 @@ import selectors
 import trio
 
 from kenaz_engine.channel.framing import MARK
-from kenaz_engine.channel.transports import Accepted
-from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
+from kenaz_engine.channel.transports import Accepted, Listener
+from kenaz_engine.channel.transports.loopback import OwnedPort, listen_owned
+from kenaz_engine.channel.transports.unix import listen_unix
 
 _MARKS = re.compile(MARK + rb"+")
 
@@ -27,7 +28,7 @@ _MARKS = re.compile(MARK + rb"+")
 class SerialPort:
     """Made by `listen_serial`. Its connections come one after the other."""
 
-    def __init__(self, listener: UnixListener) -> None:
+    def __init__(self, listener: Listener) -> None:
         self.openings = 0
         """How many writers have been seen to begin."""
         self._listener = listener
@@ -40,8 +41,18 @@ class SerialPort:
 
     @property
     def address(self) -> str:
-        """`unix:PATH`: where the hypervisor connects."""
+        """`unix:PATH`, or on Windows `tcp:ADDRESS:PORT`: where the hypervisor connects."""
         return self._listener.address
+
+    @property
+    def port_address(self) -> str:
+        """`ADDRESS:PORT`, where it is a port to which the hypervisor connects; else empty."""
+        return self.address.removeprefix("tcp:") if isinstance(self._listener, OwnedPort) else ""
+
+    def expect(self, pid: int) -> None:
+        """Names the hypervisor's process, where it is that which tells it from others."""
+        if isinstance(self._listener, OwnedPort):
+            self._listener.expect(pid)
 
     async def accept(self) -> Accepted:
         """The port, at first; when that stream has been closed, the port for its next writer. Raises
@@ -176,6 +187,12 @@ def _readable(stream: trio.SocketStream) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(stream.socket.fileno(), selectors.EVENT_READ)
         return bool(selector.select(0))
+
+
+def listen_serial_port() -> SerialPort:
+    """Listens on a port of 127.0.0.1, for the process that `SerialPort.expect` names. Raises
+    TransportError."""
+    return SerialPort(listen_owned())
 
 
 def listen_serial(path: str | os.PathLike[str]) -> SerialPort:

@@ -1,0 +1,88 @@
+"""What Hyper-V's disks begin as: an image's root disk as VHDX, which qemu-img makes once and sessions share.
+
+A differencing disk reads what its guest has not written from a base that must be VHDX and never change. It is
+kept in the cache beside the store, and goes when its image has gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
+from kenaz_drivers.contract import DriverError
+from kenaz_drivers.host import capture, find_qemu_img
+from kenaz_engine.images.diskfile import inspect_disk
+from kenaz_engine.images.disks import DiskError
+from kenaz_engine.images.errors import ImageError
+from kenaz_engine.images.locks import Held, in_use, wait_lock
+from kenaz_engine.images.manifest import Image
+from kenaz_engine.images.store import Store
+
+CONVERSION = 1500.0
+"""Seconds that a conversion may take: it writes all of the disk."""
+
+
+def base_path(image: Image, cache: Path) -> Path:
+    """Where the root disk of that image is as VHDX, once it is here. A disk that is used where it lies is
+    another one when it was changed."""
+    root = image.parts["root"]
+    key = root.sha256
+    if not key:
+        with suppress(FileNotFoundError):
+            status = root.path.stat()
+            told = f"{root.path}\0{status.st_size}\0{status.st_mtime_ns}"
+            key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+    return cache / "vhdx" / f"{key or 'to-be-fetched'}.vhdx"
+
+
+async def ensure_base(image: Image, size: int, cache: Path, held: Held) -> Path:
+    """The root disk as VHDX, made now where it is not here, and in use as long as `held`. `size` is that of
+    the disks that will be made of it. Raises ImageError and OSError."""
+    path = base_path(image, cache)
+    found = inspect_disk(image.root)
+    if found.format != image.root_format:
+        raise DiskError(f"{image.root} is a {found.format} image, and its manifest says {image.root_format}")
+    if size < found.virtual_size:
+        raise DiskError(
+            f"a disk of {size} bytes is smaller than its image of {found.virtual_size} bytes",
+            "raise spec.machine.disk",
+        )
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = await wait_lock(path.with_suffix(".lock"), create=True)
+    try:
+        _drop_orphans(path, Store.at(cache))
+        if not path.exists():
+            await _convert(image, path)
+        await held.add(path)
+    finally:
+        lock.close()
+    return path
+
+
+async def _convert(image: Image, path: Path) -> None:
+    program = find_qemu_img()
+    if not program:
+        raise ImageError("there is no qemu-img, which makes VHDX of disks", "install QEMU")
+    scratch = path.with_suffix(".part")  # one at a time: the lock is ours
+    argv = [program, "convert", "-f", image.root_format, "-O", "vhdx", "-o", "subformat=dynamic"]
+    try:
+        made = await capture([*argv, str(image.root), str(scratch)], deadline=CONVERSION)
+        if made.code != 0:
+            said = made.text.strip().splitlines()[-1:] or [f"not done in {CONVERSION:g} s"]
+            raise ImageError(
+                f"{image.root} cannot be made VHDX: {said[0]}", "free some space, or see qemu-img"
+            )
+        scratch.replace(path)
+    except DriverError as exc:
+        raise ImageError(str(exc), exc.hint) from exc
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _drop_orphans(wanted: Path, store: Store) -> None:
+    """Removes what no image needs any more and nobody uses, but for the one that is wanted."""
+    for path in wanted.parent.glob("*.vhdx"):
+        if path != wanted and not store.blob(path.stem).exists() and not in_use(path):
+            with suppress(PermissionError):  # a machine has it open
+                path.unlink(missing_ok=True)
