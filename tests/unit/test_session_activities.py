@@ -394,8 +394,9 @@ async def test_what_cannot_be_brought_there_is_told_and_a_small_disk_too(
     result = await whole.run(await whole.prepare(driver=driver, can=ELSEWHERE))
     assert result.outcome.verdict == "image could not be had: the pool is full"
     with own_disk.open("r+b") as file:
-        file.truncate(3 << 30)
-    result = await whole.run(await whole.prepare(driver=Placer(), can=ELSEWHERE))
+        file.truncate(2 << 20)
+    small = await whole.prepare("spec.machine.disk=1MiB", driver=Placer(), can=ELSEWHERE)
+    result = await whole.run(small)
     assert "is smaller than its image" in result.outcome.verdict
 
 
