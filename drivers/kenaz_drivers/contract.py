@@ -58,7 +58,8 @@ class Capabilities:
 
     `transports` and `disk_formats` are in the driver's order of preference. `deadline_scale` is what the
     deadlines of states that wait for the guest are multiplied by (5.0 under emulation). `isolates` is False
-    where the "guest" is not kept from the host. `boots_image` is False where no disk image is needed.
+    where the "guest" is not kept from the host. `boots_image` is False where no disk image is needed, and
+    `boots_kernels` where it must be a disk that the firmware boots.
     `assigns_cid` is True where the hypervisor chooses the CID of a guest itself: `LaunchRequest.cid` is then
     None, and `Machine.handle` has it as `cid`. `elsewhere` is the name of the host that machines run on,
     where that is another one, which does not see this one's files: the driver is `Placing` then.
@@ -73,6 +74,7 @@ class Capabilities:
     transports: tuple[str, ...] = ()
     disk_formats: tuple[str, ...] = ()
     boots_image: bool = True
+    boots_kernels: bool = True
     isolates: bool = True
     assigns_cid: bool = False
     elsewhere: str = ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 
 from kenaz_drivers.contract import Capabilities, Driver, DriverError, JsonObject, Reason
@@ -76,12 +77,15 @@ def pick(found: Mapping[str, Capabilities]) -> str:
 
 
 async def choose(
-    arch: str, options: Mapping[str, JsonObject]
+    arch: str,
+    options: Mapping[str, JsonObject],
+    unfit: Callable[[Capabilities], Reason | None] = lambda capabilities: None,
 ) -> tuple[Driver, Capabilities, tuple[tuple[str, Capabilities], ...]]:
     """The driver that `auto` means (`pick`), looking no further than it needs to.
 
-    `options` are the `driverOptions` by driver name. Also returns all that was looked at, in order, so that
-    the choice can be explained. Raises DriverError, with all the mends, when nothing is usable.
+    `options` are the `driverOptions` by driver name; `unfit` says why a driver that is usable is of no use
+    for this session. Also returns all that was looked at, in order, so that the choice can be explained.
+    Raises DriverError, with all the mends, when nothing is usable.
     """
     considered: list[tuple[str, Capabilities]] = []
     usable: dict[str, tuple[Driver, Capabilities]] = {}
@@ -96,6 +100,8 @@ async def choose(
             broken = (Reason(False, str(error), error.hint),)
             considered.append((name, Capabilities(usable=False, reasons=broken, arch=arch)))
             continue
+        if capabilities.usable and (reason := unfit(capabilities)):
+            capabilities = replace(capabilities, usable=False, reasons=(*capabilities.reasons, reason))
         considered.append((name, capabilities))
         if capabilities.usable:
             usable[name] = driver, capabilities

@@ -247,7 +247,7 @@ def test_why_auto_chose_it(
         True, (), "x86_64", accelerator, 1.0, ("unix",), ("directory",), boots_image=False, isolates=isolates
     )
 
-    async def choose(arch: str, options: Any) -> Any:
+    async def choose(arch: str, options: Any, unfit: Any) -> Any:
         return FakeDriver(), chosen, (("fake", chosen),)
 
     monkeypatch.setattr("kenaz_engine.session.prepare.choose", choose)

@@ -91,6 +91,17 @@ async def test_hardware_beats_emulation_and_ends_the_search(installed):
     assert await choice() == ("libvirt", "kvm", ["qemu", "libvirt"])
 
 
+async def test_what_does_not_fit_the_session_is_passed_over_and_says_why(installed):
+    installed(hyperv=make("hyperv", accelerator="hyperv"), qemu=make("qemu", accelerator="tcg"))
+    reason = Reason(False, "boots no kernel")
+    driver, _, considered = await registry.choose(
+        "x86_64", {}, lambda capabilities: reason if capabilities.accelerator == "hyperv" else None
+    )
+    assert driver.name == "qemu"
+    assert not considered[0][1].usable
+    assert reason in considered[0][1].reasons
+
+
 async def test_emulation_beats_the_process_which_is_not_even_asked(installed):
     installed(process=make("process", accelerator="none"), qemu=make("qemu", accelerator="tcg"))
     assert await choice() == ("qemu", "tcg", ["qemu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,8 +81,6 @@ async def refused(*overrides: str) -> tuple[str, str]:
 
 
 def change(driver: FakeDriver, **changes: Any) -> None:
-    from dataclasses import replace
-
     driver.capabilities = replace(driver.capabilities, **changes)
 
 
@@ -106,6 +105,29 @@ async def test_where_nothing_falls_back_there_is_nothing_to_note(driver: FakeDri
     change(driver, reasons=(), deadline_scale=1.0)
     assert (await prepared("spec.machine.arch=native")).notes == ()
     assert (await prepared("spec.machine.arch=native")).arch == native_arch()
+
+
+async def test_auto_passes_over_who_boots_no_kernel_where_the_image_has_one(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Reason | None] = []
+
+    async def choose(arch: str, options: Any, unfit: Any) -> Any:
+        can = replace(driver.capabilities, boots_image=True)
+        told.extend(unfit(one) for one in (can, replace(can, boots_kernels=False)))
+        return driver, driver.capabilities, ()
+
+    monkeypatch.setattr(module, "choose", choose)
+    kernel = (module._STAND_IN, None, False)
+    bare = (replace(module._STAND_IN, parts={"root": module._STAND_IN.parts["root"]}), None, False)
+    for found in (kernel, bare, (None, None, True)):
+        monkeypatch.setattr(module, "_image", lambda *asked, found=found: found)
+        await survey(load_session(SPEC, "spec.yaml", overrides=["spec.driver=auto"], environment={}))
+    assert [one and one.text for one in told] == [
+        None,
+        "the image demo has a kernel of its own, and only disks with a boot loader boot",
+        *(None,) * 4,
+    ]
 
 
 async def test_a_transport_can_be_asked_for(driver: FakeDriver) -> None:
@@ -165,7 +187,7 @@ async def test_auto_says_why_others_are_not_used(driver: FakeDriver, monkeypatch
     other = Capabilities(False, (Reason(True, "fine"), Reason(False, "no libvirt", "get it")), "x86_64")
     foreign = Capabilities(False, (Reason(False, "runs on macOS only"),), "x86_64")
 
-    async def choose(arch: str, options: Any) -> Any:
+    async def choose(arch: str, options: Any, unfit: Any) -> Any:
         fake = ("fake", driver.capabilities)
         considered = (("foreign", foreign), ("other", other), fake, ("lesser", other))
         return driver, driver.capabilities, considered
@@ -175,7 +197,7 @@ async def test_auto_says_why_others_are_not_used(driver: FakeDriver, monkeypatch
     # What nobody can mend on this host is no note of a session, nor is one that would not be taken anyway.
     assert [note for note in notes if "is not used" in note] == ["other is not used: no libvirt"]
 
-    async def none(arch: str, options: Any) -> Any:
+    async def none(arch: str, options: Any, unfit: Any) -> Any:
         raise DriverError("no driver is usable", hint="get one")
 
     monkeypatch.setattr(module, "choose", none)

@@ -220,6 +220,7 @@ class HypervDriver:
             accelerator="hyperv" if usable else "none",
             transports=("hyperv",) if usable else (),
             disk_formats=("vhdx",),
+            boots_kernels=False,
             data={"powershell": program} if usable else {},
         )
 

@@ -166,7 +166,8 @@ def _disk(request: LaunchRequest, role: str) -> Disk:
 def _check(request: LaunchRequest) -> None:
     if request.kernel:
         raise DriverError(
-            "Hyper-V boots no kernel, only a disk with a boot loader", hint="use a disk image with UEFI"
+            "Hyper-V boots no kernel, only a disk with a boot loader",
+            hint="use a disk image with UEFI, or driver: qemu",
         )
     if request.transport != "hyperv":
         raise DriverError(f"Hyper-V has no transport {request.transport!r}", hint="hyperv")

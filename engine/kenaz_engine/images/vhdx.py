@@ -12,8 +12,7 @@ from pathlib import Path
 
 from kenaz_drivers.contract import DriverError
 from kenaz_drivers.host import capture, find_qemu_img
-from kenaz_engine.images.diskfile import inspect_disk
-from kenaz_engine.images.disks import DiskError
+from kenaz_engine.images.disks import check_base
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.locks import Held, in_use, wait_lock
 from kenaz_engine.images.manifest import Image
@@ -40,14 +39,7 @@ async def ensure_base(image: Image, size: int, cache: Path, held: Held) -> Path:
     """The root disk as VHDX, made now where it is not here, and in use as long as `held`. `size` is that of
     the disks that will be made of it. Raises ImageError and OSError."""
     path = base_path(image, cache)
-    found = inspect_disk(image.root)
-    if found.format != image.root_format:
-        raise DiskError(f"{image.root} is a {found.format} image, and its manifest says {image.root_format}")
-    if size < found.virtual_size:
-        raise DiskError(
-            f"a disk of {size} bytes is smaller than its image of {found.virtual_size} bytes",
-            "raise spec.machine.disk",
-        )
+    check_base(image.root, image.root_format, size)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = await wait_lock(path.with_suffix(".lock"), create=True)
     try:

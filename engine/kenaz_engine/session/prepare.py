@@ -9,7 +9,7 @@ import platform
 import time
 from pathlib import Path
 
-from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan
+from kenaz_drivers.contract import Capabilities, Driver, DriverError, LaunchPlan, Reason
 from kenaz_drivers.registry import choose, load
 from kenaz_engine.channel.transports.vsock import FIRST_CID
 from kenaz_engine.images.builds import Offered, find_build, offline_without
@@ -76,7 +76,7 @@ async def survey(resolved: ResolvedSession, *, offline: bool = False) -> Prepare
     who show what there is. Raises InvalidFile and CannotRun."""
     lifecycle = checked(resolved)
     arch = native_arch() if resolved.machine.arch == "native" else resolved.machine.arch
-    driver, capabilities, considered = await _driver(resolved, arch)
+    driver, capabilities, considered = await _driver(resolved, arch, offline)
     transport, reason = _transport(resolved, driver, capabilities)
     scale = capabilities.deadline_scale
     image, missing, fetches = (None, None, False)
@@ -148,10 +148,21 @@ def _hint(located: Located) -> str:
     return located.missing.hint if located.missing else ""
 
 
-async def _driver(resolved: ResolvedSession, arch: str) -> tuple[Driver, Capabilities, Considered]:
+async def _driver(
+    resolved: ResolvedSession, arch: str, offline: bool
+) -> tuple[Driver, Capabilities, Considered]:
+    def unfit(capabilities: Capabilities) -> Reason | None:
+        if capabilities.boots_kernels or not capabilities.boots_image:
+            return None
+        image, _, _ = _image(resolved, arch, offline)  # of one that is to be fetched nobody knows yet
+        if image is None or image.kernel is None:
+            return None
+        text = f"the image {resolved.image} has a kernel of its own, and only disks with a boot loader boot"
+        return Reason(False, text, "spec.image: a disk that UEFI boots")
+
     if resolved.driver == "auto":
         try:
-            return await choose(arch, resolved.driver_options)
+            return await choose(arch, resolved.driver_options, unfit)
         except DriverError as exc:
             raise CannotRun(str(exc), exc.hint) from exc
     try:
