@@ -20,7 +20,7 @@ from kenaz_engine.channel.harness import DemoHarness
 from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.channel.transports.unix import UnixListener, listen_unix
 from kenaz_engine.images.config_disk import write_config_disk
-from kenaz_engine.session import activities
+from kenaz_engine.session import activities, endpoint
 from kenaz_engine.session.launch import Result, Session
 from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.prepare import prepare
@@ -113,7 +113,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("KENAZ_CACHE_DIR", str(tmp_path / "cache"))
     world = World(tmp_path)
     tmp_path.chmod(0o700)
-    monkeypatch.setattr(activities, "listen_hyperv", world.listen)
+    monkeypatch.setattr(endpoint, "listen_hyperv", world.listen)
     monkeypatch.setattr(activities, "write_config_disk", world.write)
     return world
 
@@ -145,7 +145,7 @@ async def test_a_port_that_is_not_registered_fails_the_session_and_leaves_nothin
     def refuse(port: int, *, machine: str) -> UnixListener:
         raise TransportError("Hyper-V service: cannot listen", hint="as an administrator, once: a key")
 
-    monkeypatch.setattr(activities, "listen_hyperv", refuse)
+    monkeypatch.setattr(endpoint, "listen_hyperv", refuse)
     result = await world.run(guest=False)
     assert result.outcome.verdict == "VM did not start: Hyper-V service: cannot listen"
     assert world.machines() == {}
@@ -156,9 +156,9 @@ KILLED = """
 import sys, trio
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from tests.integration.test_session_hyperv import World, activities
+from tests.integration.test_session_hyperv import World, activities, endpoint
 world = World(Path(sys.argv[1]))
-activities.listen_hyperv, activities.write_config_disk = world.listen, world.write
+endpoint.listen_hyperv, activities.write_config_disk = world.listen, world.write
 trio.run(lambda: world.run(guest=False))
 """
 

@@ -24,7 +24,7 @@ from kenaz_engine.images.config_disk import environment_file, write_config_disk
 from kenaz_engine.images.disks import create_disk
 from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.manifest import Image
-from kenaz_engine.session.activities import watch_port
+from kenaz_engine.session.endpoint import watch_port
 
 
 class Whole(trio.abc.Stream):

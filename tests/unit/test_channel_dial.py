@@ -16,7 +16,7 @@ from kenaz_drivers.simulated.driver import SimulatedDriver
 from kenaz_engine.channel.harness import DemoHarness
 from kenaz_engine.channel.transports import Accepted, TransportError
 from kenaz_engine.channel.transports.tcp import ForwardedPort
-from kenaz_engine.session import activities
+from kenaz_engine.session import endpoint
 from kenaz_engine.session.conversation import PATIENCE, REDIAL
 
 Stream = trio.StapledStream[Any, MemoryReceiveStream]
@@ -81,7 +81,7 @@ def answering(*lines: bytes) -> Guest:
 async def session(whole: Any, monkeypatch: pytest.MonkeyPatch, *guests: Guest | None) -> tuple[Any, Port]:
     async with trio.open_nursery() as nursery:
         port = Port(nursery, *guests)
-        monkeypatch.setattr(activities, "reserve_port", lambda: port)
+        monkeypatch.setattr(endpoint, "reserve_port", lambda: port)
         prepared = await whole.prepare(driver=Driver(), can={"transports": ("tcp",)})
         channel = replace(prepared.resolved.channel, **DIALLED)
         result = await whole.run(replace(prepared, resolved=replace(prepared.resolved, channel=channel)))

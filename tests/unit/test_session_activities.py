@@ -35,7 +35,7 @@ from kenaz_engine.images import ensure as ensuring
 from kenaz_engine.images.ensure import Ensured
 from kenaz_engine.images.locks import hold
 from kenaz_engine.images.manifest import Image, Part
-from kenaz_engine.session import activities
+from kenaz_engine.session import activities, endpoint
 from kenaz_engine.session.activities import ALARM_LENGTH, CONSOLE_PAUSE, PRESS_AGAIN
 from kenaz_engine.session.ledger import ACQUIRE_BOUND
 
@@ -442,7 +442,7 @@ async def test_a_path_that_is_known_is_told(
 async def test_an_error_without_a_path_is_told(
     autojump_clock: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activities, "listen_local", full)
+    monkeypatch.setattr(endpoint, "listen_local", full)
     result = await whole.run(await whole.prepare())
     assert result.outcome.verdict == "disks could not be made: the system: No space left on device"
 
@@ -481,8 +481,8 @@ async def test_a_cid_is_claimed_handed_on_and_given_back(
 ) -> None:
     claimed, theirs = os.pipe()
     listener, driver = NoGuest(), Driver()
-    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
-    monkeypatch.setattr(activities, "listen_vsock", lambda port, **_: listener)
+    monkeypatch.setattr(endpoint, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(endpoint, "listen_vsock", lambda port, **_: listener)
     result = await whole.run(await whole.prepare(driver=driver, can=VSOCK, dial=None))
     os.close(theirs)
     assert result.outcome.verdict == "guest did not dial in time"
@@ -502,7 +502,7 @@ async def test_a_cid_that_the_hypervisor_chose_is_expected_before_the_guest_runs
     nobody = SimpleNamespace(accept=trio.sleep_forever, close=lambda: None)
     shared = SharedPort(nobody, 7881)  # type: ignore[arg-type]
     listener = shared.join(-1)
-    monkeypatch.setattr(activities, "listen_vsock", lambda port, **_: listener)
+    monkeypatch.setattr(endpoint, "listen_vsock", lambda port, **_: listener)
     expected: list[str] = []
 
     def change(machine: SimulatedMachine) -> None:
@@ -542,8 +542,8 @@ async def test_a_port_that_another_process_has_is_replaced_and_told(
             seen.append('KENAZ_CHANNEL="vsock:2:3000000000"' in Path(config, "kenaz.env").read_text())
             return super().plan(request)
 
-    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
-    monkeypatch.setattr(activities, "listen_vsock", listen)
+    monkeypatch.setattr(endpoint, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(endpoint, "listen_vsock", listen)
     await whole.run(await whole.prepare(driver=Reading(), can=VSOCK, dial=None))
     os.close(theirs)
     assert seen == [(7881, 42, True), True]
@@ -558,8 +558,8 @@ async def test_a_cid_is_free_again_where_nobody_can_listen(
         raise TransportError("no AF_VSOCK", hint="take another")
 
     claimed, theirs = os.pipe()
-    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
-    monkeypatch.setattr(activities, "listen_vsock", refuse)
+    monkeypatch.setattr(endpoint, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(endpoint, "listen_vsock", refuse)
     result = await whole.run(await whole.prepare(driver=Driver(), can=VSOCK))
     os.close(theirs)
     assert result.outcome.verdict == "disks could not be made: no AF_VSOCK"
@@ -575,8 +575,8 @@ async def test_a_cid_is_given_back_also_where_there_is_no_machine(
             raise DriverError("not with this machine", hint="another")
 
     claimed, theirs = os.pipe()
-    monkeypatch.setattr(activities, "claim_cid", lambda: Claim(42, claimed))
-    monkeypatch.setattr(activities, "listen_vsock", lambda port, **_: NoGuest())
+    monkeypatch.setattr(endpoint, "claim_cid", lambda: Claim(42, claimed))
+    monkeypatch.setattr(endpoint, "listen_vsock", lambda port, **_: NoGuest())
     result = await whole.run(await whole.prepare(driver=Refusing(), can=VSOCK))
     os.close(theirs)
     assert result.outcome.verdict == "VM did not start: not with this machine"
@@ -627,7 +627,7 @@ class CountingPort:
 async def test_a_port_that_closes_ends_the_stream_of_the_writer_that_had_it(autojump_clock: Any) -> None:
     machine, port = ClosingMachine(), CountingPort()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(activities.watch_port, machine, port)
+        nursery.start_soon(endpoint.watch_port, machine, port)
         await trio.testing.wait_all_tasks_blocked()
         # Another has begun while the machine was asked: it is asked anew.
         port.begin()
@@ -676,8 +676,8 @@ async def test_a_hypervisor_that_connects_to_a_port_is_told_which_and_known_by_i
     port = SerialPort(owned)
     expected: list[int] = []
     monkeypatch.setattr(owned, "expect", expected.append)
-    monkeypatch.setattr(activities, "SERIAL_BY_PORT", True)
-    monkeypatch.setattr(activities, "listen_serial_port", lambda: port)
+    monkeypatch.setattr(endpoint, "SERIAL_BY_PORT", True)
+    monkeypatch.setattr(endpoint, "listen_serial_port", lambda: port)
     monkeypatch.setattr(SimulatedMachine, "handle", {"pid": 77})
     driver = Driver()
     can = {"transports": ("virtio-serial",)}

@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from kenaz_drivers.contract import Content, DriverError, LaunchPlan, Machine, Placing, Screen
-from kenaz_drivers.host import LOOPBACK
-from kenaz_engine.channel.transports import Listener, TransportError
-from kenaz_engine.channel.transports.hyperv import listen_hyperv, service_id
-from kenaz_engine.channel.transports.local import SERIAL_BY_PORT, LocalListener, listen_local
-from kenaz_engine.channel.transports.tcp import ForwardedPort, reserve_port
-from kenaz_engine.channel.transports.vfkit import listen_vfkit
-from kenaz_engine.channel.transports.virtio_serial import SerialPort, listen_serial, listen_serial_port
-from kenaz_engine.channel.transports.vsock import Claim, VsockListener, claim_cid, listen_vsock
+from kenaz_engine.channel.transports import TransportError
 from kenaz_engine.guest.recipe import CONSOLE_PATTERNS
 from kenaz_engine.images.builds import Build, Offered
 from kenaz_engine.images.catalog import default_cache
@@ -42,6 +35,7 @@ from kenaz_engine.images.transfer import Meter, Notice, Progress, Watch
 from kenaz_engine.images.vhdx import ensure_base
 from kenaz_engine.lifecycle.machine import Event
 from kenaz_engine.session.console import Console
+from kenaz_engine.session.endpoint import RESOURCE, Endpoint
 from kenaz_engine.session.guest import (
     ENVIRONMENT_FILE,
     MADE_THERE,
@@ -82,12 +76,6 @@ ALARM_LENGTH = 200
 CONSOLE_LINES = 12
 """Lines of the console that are shown when a guest fails."""
 
-_LISTEN: Mapping[str, Callable[[str], LocalListener | SerialPort]] = {
-    "virtio-serial": listen_serial,
-    "vfkit": listen_vfkit,
-}
-"""How to listen at a path for the guest; a plain socket for all other transports."""
-
 
 class Activities:
     """The activities of one session, and what they share."""
@@ -111,12 +99,10 @@ class Activities:
         self._failed = failed
         self._show = show
         self._conversation: Conversation | None = None
-        self._claim: Claim | None = None
         self._token = secrets.token_urlsafe(32)
         self._image: Image | None = None
         self._build: Build | None = None
-        self._listener: Listener | None = None
-        self._port = prepared.resolved.channel.port
+        self._endpoint = Endpoint(prepared, layout, recorder)
         self._helper_end = ""
         self._helper_ended = trio.Event()
         self._machine: Machine | None = None
@@ -168,11 +154,11 @@ class Activities:
             from kenaz_engine.session.conversation import Conversation, explaining
 
             if self._conversation is None:
-                assert self._listener is not None
+                assert self._endpoint.listener is not None
                 self._conversation = Conversation(
                     self._prepared,
                     self._token,
-                    self._listener,
+                    self._endpoint.listener,
                     self._machine_exited,
                     self._recorder,
                     self._connect,
@@ -291,7 +277,8 @@ class Activities:
             return Made({**made.handle, "made": how}, made.release), None
 
         async def make_config() -> tuple[Made, None]:
-            variables = guest_variables(self._prepared, self._layout, self._token, build, port=self._port)
+            port = self._endpoint.port
+            variables = guest_variables(self._prepared, self._layout, self._token, build, port=port)
             files = {ENVIRONMENT_FILE: environment_file(variables)}
             directory = config_format == "directory"
             with _naming(config):
@@ -301,92 +288,13 @@ class Activities:
         if root_format != MADE_THERE:
             kind = {"directory": "directory", "vhdx": "planned-file"}.get(root_format, "file")
             await work.ledger.acquire("disk", kind, {"path": str(root)}, make_root)
-        await self._listen(work)
+        await self._endpoint.open(work.ledger)
         kind = "directory" if config_format == "directory" else "file"
         await work.ledger.acquire("config", kind, {"path": str(config)}, make_config)
 
-    async def _listen(self, work: Work) -> None:
-        """Listens before the machine starts, so that no guest dials in vain; before the config disk is made,
-        which says where."""
-        transport, wanted = self._prepared.transport, self._port
-        if transport == "vsock":
-
-            async def make_cid() -> tuple[Made, None]:
-                # Where the hypervisor chooses it, the machine tells, before its guest runs.
-                claim = None if self._prepared.capabilities.assigns_cid else claim_cid()
-                cid = claim.cid if claim else None
-                try:
-                    listener = listen_vsock(wanted, cid=cid, or_another=True)
-                except BaseException:
-                    if claim is not None:
-                        os.close(claim.file)
-                    raise
-                self._claim, self._listener, self._port = claim, listener, listener.port
-                return Made({"cid": cid, "port": listener.port}, self._end_claim), None
-
-            await work.ledger.acquire("socket", "cid", {"port": wanted}, make_cid)
-            if self._port != wanted:
-                self._recorder.append("note", {"about": "port", "wanted": wanted, "taken": self._port})
-            return
-        if transport == "tcp":
-
-            async def make_port() -> tuple[Made, None]:
-                self._listener = reserved = reserve_port()
-                return Made({"address": LOOPBACK, "port": reserved.port}, reserved.aclose), None
-
-            await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_port)
-            return
-        if transport == "hyperv":
-
-            async def make_service() -> tuple[Made, None]:
-                return Made({"service": service_id(wanted)}, self._end_service), None
-
-            # Who may dial is known when the machine is made; it is listened for before it runs.
-            await work.ledger.acquire("socket", "port", {"service": service_id(wanted)}, make_service)
-            return
-        if transport == "virtio-serial" and SERIAL_BY_PORT:
-
-            async def make_serial() -> tuple[Made, None]:
-                self._listener = port = listen_serial_port()
-                return Made({"address": port.address}, port.aclose), None
-
-            await work.ledger.acquire("socket", "port", {"address": LOOPBACK}, make_serial)
-            return
-        path = self._layout.listening(transport, wanted)
-
-        async def make_socket() -> tuple[Made, None]:
-            self._listener = listener = _LISTEN.get(transport, listen_local)(path)
-            return Made(file_handle(Path(path)), listener.aclose), None
-
-        await work.ledger.acquire("socket", "socket", {"path": path}, make_socket)
-
-    async def _end_claim(self) -> None:
-        assert self._listener is not None
-        await self._listener.aclose()
-        self._close_claim()
-
-    async def _end_service(self) -> None:
-        if self._listener is not None:
-            await self._listener.aclose()
-
-    def _close_claim(self) -> None:
-        """QEMU has its own copy from its start on; the CID is free when the last one is closed."""
-        claim, self._claim = self._claim, None
-        if claim is not None:
-            os.close(claim.file)
-
     async def _start_machine(self, work: Work) -> None:
-        cid = self._claim.cid if self._claim else None
-        forward = self._listener.port if isinstance(self._listener, ForwardedPort) else 0
-        channel = self._listener.port_address if isinstance(self._listener, SerialPort) else ""
         request = launch_request(
-            self._prepared,
-            self._layout,
-            self._image,
-            self._build,
-            cid=cid,
-            forward=forward,
-            channel=channel,
+            self._prepared, self._layout, self._image, self._build, **self._endpoint.asked
         )
         plan = self._prepared.driver.plan(request)
 
@@ -399,16 +307,11 @@ class Activities:
             machine = await work.start(partial(self._own_machine, plan, work.ledger.last, work))
             return Made(machine.handle, self._end_machine), machine
 
-        uses = ("disk", "config", "socket", *helpers)
+        uses = ("disk", "config", RESOURCE, *helpers)
         intent = {"driver": plan.driver, "argv": list(plan.argv), "mark": self._layout.mark, **plan.trace}
         machine = await work.ledger.acquire("vm", "machine", intent, make, uses=uses)
-        if isinstance(self._listener, VsockListener) and cid is None:
-            self._listener.expect(int(machine.handle["cid"]))
-        if isinstance(self._listener, SerialPort) and "pid" in machine.handle:
-            self._listener.expect(int(machine.handle["pid"]))
         try:
-            if self._prepared.transport == "hyperv":
-                self._listener = listen_hyperv(self._port, machine=str(machine.handle["vm"]))
+            self._endpoint.expect(machine.handle)
             await machine.ready()
         finally:
             self._machine_ready_or_not.set()
@@ -434,18 +337,16 @@ class Activities:
             work.put(Event("guest.panic", data, id=ledger_id))
 
         self._console = Console(self._layout.directory / "console.log", self._patterns(), alarm)
-        descriptors = {"vhost-vsock": self._claim.file} if self._claim else {}
         try:
-            launching = self._prepared.driver.launch(plan, descriptors)
+            launching = self._prepared.driver.launch(plan, self._endpoint.descriptors)
             async with launching as machine, trio.open_nursery() as nursery:
                 self._machine = machine
-                self._close_claim()
+                self._endpoint.handed_over()
                 task_status.started(machine)
                 nursery.start_soon(self._read_console, machine)
                 async with trio.open_nursery() as watching:
                     watching.start_soon(self._end_without_helper, machine)
-                    if isinstance(self._listener, SerialPort):
-                        watching.start_soon(watch_port, machine, self._listener)
+                    watching.start_soon(self._endpoint.watch, machine)
                     ended = await machine.wait()
                     watching.cancel_scope.cancel()
                 self._machine_exited.set()
@@ -527,16 +428,6 @@ class Activities:
         left = await work.ledger.release_all(trio.current_time() + seconds)
         if left:
             raise ActivityError("; ".join(f"the {entry.resource} {entry.error}" for entry in left))
-
-
-async def watch_port(machine: Machine, port: SerialPort) -> None:
-    """Ends the stream of a writer that has closed the port. Who has begun since is not meant."""
-    while True:
-        seen = port.openings
-        await machine.port_closed()
-        if port.openings == seen:
-            port.guest_closed()
-            await port.next_opening(seen)
 
 
 def _explained(function: ActivityFunction) -> ActivityFunction:
