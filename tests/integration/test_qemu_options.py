@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests import wine
 
 GOLDEN = sorted((Path(__file__).parents[1] / "unit/golden").glob("qemu-*.txt"))
 ELSEWHERE = {"hvf", "whpx"}
@@ -29,15 +30,24 @@ def words_of(path: Path) -> list[str]:
 
 
 @functools.cache
-def told(binary: str, *question: str) -> str:
-    """What QEMU answers."""
-    done = subprocess.run([binary, *question], capture_output=True, text=True, check=False)
+def told(program: str, *question: str) -> str:
+    """What QEMU answers; one of Windows answers by way of Wine."""
+    windows = program == wine.QEMU_BINARY
+    command = ["wine", program] if windows else [program]
+    done = subprocess.run(
+        [*command, *question],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env=wine.environment() if windows else None,
+    )
     return done.stdout + done.stderr
 
 
-def properties(binary: str, device: str) -> set[str]:
+def properties(program: str, device: str) -> set[str]:
     """The options of a device."""
-    lines = told(binary, "-device", f"{device},help").splitlines()
+    lines = told(program, "-device", f"{device},help").splitlines()
     return {line.split("=")[0].strip() for line in lines if "=" in line}
 
 
@@ -49,28 +59,41 @@ def pairs(option: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_this_qemu_knows_each_option(path: Path) -> None:
-    binary, *words = words_of(path)
-    binary = Path(binary).name
-    assert shutil.which(binary)
+    program = Path(words_of(path)[0]).name
+    assert shutil.which(program)
+    hold(path, program, ELSEWHERE)
+
+
+@pytest.mark.only_where(wine.is_ready())
+@pytest.mark.parametrize("path", [path for path in GOLDEN if "whpx" in path.stem], ids=lambda path: path.stem)
+def test_a_qemu_for_windows_knows_each_option_and_the_accelerator(path: Path) -> None:
+    hold(path, wine.QEMU_BINARY, set())
+
+
+def hold(path: Path, program: str, unknown: set[str]) -> None:
+    """Each option of the golden command line is one that this QEMU knows, but for these accelerators."""
+    words = words_of(path)[1:]
     flags = [(flag, value) for flag, value in zip(words, [*words[1:], ""], strict=True) if flag[0] == "-"]
-    help_text = told(binary, "-help")
+    help_text = told(program, "-help")
     for flag, value in flags:
         assert f"\n{flag}" in help_text, flag
         first, *_ = value.split(",")
         match flag:
             case "-machine":
-                machines = {line.split()[0] for line in told(binary, "-machine", "help").splitlines() if line}
+                machines = {
+                    line.split()[0] for line in told(program, "-machine", "help").splitlines() if line
+                }
                 assert first in machines
             case "-accel":
-                assert first in ELSEWHERE | set(told(binary, "-accel", "help").split())
+                assert first in unknown | set(told(program, "-accel", "help").split())
             case "-cpu":
-                names = set(told(binary, "-cpu", "help").split())
+                names = set(told(program, "-cpu", "help").split())
                 assert first in names | {"host", "max"}, first  # which are listed where they can be had
             case "-device":
                 wanted = pairs(value).keys() - {first, "id"}
-                assert wanted <= properties(binary, first), (first, wanted)
+                assert wanted <= properties(program, first), (first, wanted)
             case "-chardev":
-                assert first in told(binary, "-machine", "none", "-chardev", "help").split(), first
+                assert first in told(program, "-machine", "none", "-chardev", "help").split(), first
             case _:
                 continue
 
