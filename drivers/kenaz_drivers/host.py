@@ -6,7 +6,14 @@ for all others; see docs/decisions/0021-public-host.md.
 
 from kenaz_drivers._common.background import Background, open_background
 from kenaz_drivers._common.identity import boot_id, identify, is_alive
-from kenaz_drivers._common.loopback import LOOPBACK, PATIENCE, dial_local, dial_loopback, read_line
+from kenaz_drivers._common.loopback import (
+    LOOPBACK,
+    PATIENCE,
+    dial_local,
+    dial_loopback,
+    read_line,
+    read_secrets,
+)
 from kenaz_drivers._common.output import Console, LogTail, describe_end
 from kenaz_drivers._common.ports import port_owner
 from kenaz_drivers._common.process import Captured, ChildProcess, capture, open_pipe, spawn
@@ -33,6 +40,7 @@ __all__ = [
     "open_pipe",
     "port_owner",
     "read_line",
+    "read_secrets",
     "spawn",
     "terminate",
 ]

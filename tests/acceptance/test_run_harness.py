@@ -72,12 +72,13 @@ def test_the_spec_may_come_from_stdin_with_overrides(world):
         ("unix:{}/none", 3, "nothing is at {}/none (start the harness first"),
         ("unix:{}/none/h", 3, "{}/none is no directory"),
         ("unix:{}/file", 2, "{}/file is not a socket"),
+        ("loopback:{}/file", 2, "{}/file: that file names no port and secrets"),
         ("unix:", 2, "it must be unix:PATH or loopback:FILE"),
         ("tcp:localhost:1", 2, "it must be unix:PATH or loopback:FILE"),
     ],
 )
 def test_a_wrong_address_is_found_before_anything_is_made(world, tmp_path, address, code, says):
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_text("no secrets")
     done = world.run("--harness", address.format(tmp_path), **{"channel.grace": "0s"})
     assert done.returncode == code
     assert done.stderr.startswith("kenaz-launcher: --harness")

@@ -49,7 +49,7 @@ async def dial_loopback(path: str | os.PathLike[str]) -> trio.SocketStream:
     Raises OSError: FileNotFoundError where there is none, ConnectionRefusedError where nobody listens,
     ConnectionAbortedError where it is somebody else.
     """
-    port, ask, answer = _read(Path(path))
+    port, ask, answer = read_secrets(Path(path))
     stream = await _connect(port)
     said = bytearray()
     try:
@@ -81,7 +81,9 @@ async def _connect(port: int) -> trio.SocketStream:
     return trio.SocketStream(dialling)
 
 
-def _read(path: Path) -> tuple[int, bytes, bytes]:
+def read_secrets(path: Path) -> tuple[int, bytes, bytes]:
+    """The port, what who dials says, and what he is answered. Raises OSError: FileNotFoundError also while
+    the file is empty."""
     with path.open("rb") as file:
         text = file.read(_FILE)
     if not text:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import trio
 
+from kenaz_drivers.host import read_secrets
 from kenaz_engine.cli.failures import ENVIRONMENT, FAILED, INTERRUPTED, SUCCESS, USAGE, CommandError
 from kenaz_engine.cli.live import JsonLines, Live, View
 from kenaz_engine.session.check import telling_all
@@ -129,15 +130,19 @@ def _check_harness(address: str, resolved: ResolvedSession) -> None:
     if not Path(path).parent.is_dir():
         hint = f"name a {'socket' if scheme == 'unix' else 'file'} in a directory that exists"
         raise CommandError(f"--harness: {Path(path).parent} is no directory", hint, ENVIRONMENT)
-    if not Path(path).exists():
+    # A file of secrets is made before they are written to it.
+    if not Path(path).exists() or (scheme == "loopback" and not Path(path).stat().st_size):
         if resolved.channel.grace:
             return
         hint = "start the harness first, or give it time by spec.channel.grace"
         raise CommandError(f"--harness: nothing is at {path}", hint, ENVIRONMENT)
     if scheme == "unix" and not Path(path).is_socket():
         raise CommandError(f"--harness: {path} is not a socket", code=USAGE)
-    if scheme == "loopback" and not Path(path).is_file():
-        raise CommandError(f"--harness: {path} is not a file", code=USAGE)
+    if scheme == "loopback":
+        try:
+            read_secrets(Path(path))
+        except OSError as exc:
+            raise CommandError(f"--harness: {path}: {exc.strerror}", code=USAGE) from None
 
 
 class _Output:
