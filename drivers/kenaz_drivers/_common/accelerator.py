@@ -139,15 +139,12 @@ class ProbeCache:
             return
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as file:
-                new = Path(file.name)
-                written = False
-                with contextlib.suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=self._file.parent)
+            new = Path(name)
+            try:
+                with os.fdopen(handle, "w") as file:
                     json.dump(content, file)
-                    file.flush()
-                    written = True
-            # Windows moves and removes no file that is open.
-            if written:
-                new.replace(self._file)
-            else:
+                new.replace(self._file)  # closed, for Windows moves and removes no file that is open
+            except OSError:
                 new.unlink()
+                raise
