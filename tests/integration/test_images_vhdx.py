@@ -12,8 +12,10 @@ import pytest
 from kenaz_engine.images import vhdx
 from kenaz_engine.images.disks import DiskError
 from kenaz_engine.images.errors import ImageError
-from kenaz_engine.images.locks import Held
+from kenaz_engine.images.locks import Held, try_lock
 from kenaz_engine.images.manifest import Image, Part
+from kenaz_engine.images.store import Store
+from kenaz_engine.images.tidy import litter, sweep
 from kenaz_engine.images.vhdx import base_path, ensure_base
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
@@ -101,6 +103,28 @@ async def test_a_base_goes_with_its_image(tmp_path: Path, raw: Path) -> None:
     blob.unlink()
     await base_of(image_of(raw), cache)
     assert not path.exists()
+
+
+async def test_prune_takes_what_no_image_needs_but_what_is_used_or_just_made(
+    tmp_path: Path, raw: Path
+) -> None:
+    cache, held = tmp_path / "cache", Held()
+    store = Store.at(cache)
+    path = await ensure_base(image_of(raw), 64 * MIB, cache, held)
+    assert list(litter(store, (), 0)) == []
+    held.close()
+    [item] = litter(store, (), 0)
+    assert (item.path, item.what) == (path, "made of an image that has gone")
+    making = try_lock(path.with_suffix(".lock"), create=True)
+    assert making is not None
+    assert not sweep(store, item)
+    making.close()
+    using = try_lock(path, shared=True)
+    assert using is not None
+    assert not sweep(store, item)
+    using.close()
+    assert sweep(store, item)
+    assert list((cache / "vhdx").iterdir()) == []
 
 
 async def test_what_cannot_be_converted_leaves_nothing(

@@ -11,6 +11,7 @@ from kenaz_engine.images.errors import ImageError
 from kenaz_engine.images.locks import in_use, try_lock
 from kenaz_engine.images.policy import DAY, Kept, unreferenced
 from kenaz_engine.images.store import Ref, Store, Version, digest_of, failure
+from kenaz_engine.images.vhdx import orphans, remove_base
 
 
 def is_used(store: Store, version: Version) -> bool:
@@ -60,8 +61,8 @@ class Litter:
 
 
 def litter(store: Store, images: Iterable[Kept], now: float) -> Iterator[Litter]:
-    """Blobs without an image, downloads that nobody goes on with for a day, locks that nobody holds, what was
-    set aside as damaged."""
+    """Blobs without an image, downloads that nobody goes on with for a day, locks that nobody holds, bases of
+    Hyper-V's disks without their image, what was set aside as damaged."""
     for digest in unreferenced(store.present(), images):
         path = store.blob(digest)
         if not in_use(path):
@@ -74,6 +75,8 @@ def litter(store: Store, images: Iterable[Kept], now: float) -> Iterator[Litter]
         # The builder's have content: by what the image was built from.
         if not path.stat().st_size and not in_use(path):
             yield Litter(path, "the lock of a launcher that was killed", 0)
+    for path in orphans(store):
+        yield Litter(path, "made of an image that has gone", path.stat().st_size)
     for path in _inside(store.quarantine):
         yield Litter(path, "damaged", path.stat().st_size)
 
@@ -87,6 +90,8 @@ def sweep(store: Store, item: Litter) -> bool:
     try:
         if item.path.parent == store.blobs:
             return store.remove(item.path.name)
+        if item.path.suffix == ".vhdx":
+            return remove_base(item.path)
         if item.path.parent.name == "locks":
             if (lock := try_lock(item.path)) is None:
                 return False

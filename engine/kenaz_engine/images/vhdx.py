@@ -14,9 +14,12 @@ from kenaz_drivers.contract import DriverError
 from kenaz_drivers.host import capture, find_qemu_img
 from kenaz_engine.images.disks import check_base
 from kenaz_engine.images.errors import ImageError
-from kenaz_engine.images.locks import Held, in_use, wait_lock
+from kenaz_engine.images.locks import Held, in_use, try_lock, wait_lock
 from kenaz_engine.images.manifest import Image
 from kenaz_engine.images.store import Store
+
+DIRECTORY = "vhdx"
+"""Where they are in the cache."""
 
 CONVERSION = 1500.0
 """Seconds that a conversion may take: it writes all of the disk."""
@@ -32,7 +35,7 @@ def base_path(image: Image, cache: Path) -> Path:
             status = root.path.stat()
             told = f"{root.path}\0{status.st_size}\0{status.st_mtime_ns}"
             key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
-    return cache / "vhdx" / f"{key or 'to-be-fetched'}.vhdx"
+    return cache / DIRECTORY / f"{key or 'to-be-fetched'}.vhdx"
 
 
 async def ensure_base(image: Image, size: int, cache: Path, held: Held) -> Path:
@@ -43,7 +46,9 @@ async def ensure_base(image: Image, size: int, cache: Path, held: Held) -> Path:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = await wait_lock(path.with_suffix(".lock"), create=True)
     try:
-        _drop_orphans(path, Store.at(cache))
+        for orphan in orphans(Store.at(cache)):
+            if orphan != path:
+                remove_base(orphan)
         if not path.exists():
             await _convert(image, path)
         await held.add(path)
@@ -72,9 +77,23 @@ async def _convert(image: Image, path: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _drop_orphans(wanted: Path, store: Store) -> None:
-    """Removes what no image needs any more and nobody uses, but for the one that is wanted."""
-    for path in wanted.parent.glob("*.vhdx"):
-        if path != wanted and not store.blob(path.stem).exists() and not in_use(path):
-            with suppress(PermissionError):  # a machine has it open
-                path.unlink(missing_ok=True)
+def orphans(store: Store) -> list[Path]:
+    """What no image of the store needs any more, and nobody uses."""
+    made = sorted((store.root.parent / DIRECTORY).glob("*.vhdx"))
+    return [path for path in made if not store.blob(path.stem).exists() and not in_use(path)]
+
+
+def remove_base(path: Path) -> bool:
+    """Removes it; False when it is used by now, or is just being made. Raises OSError."""
+    lock = try_lock(path.with_suffix(".lock"), create=True)
+    if lock is None:
+        return False
+    try:
+        if in_use(path):
+            return False
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return False  # of Windows: a machine has it open
+    finally:
+        lock.close(remove=True)
+    return True
