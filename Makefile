@@ -118,7 +118,7 @@ host-vm-aarch64:
 	@echo "kenaz: installing into .venv, with the tools for testing"
 	@$(PIP) --upgrade "pip>=25.1"
 	@$(PIP) --editable . --group test --group lint
-	@[ -z "$${KENAZ_REQUIRE_ALL:-}" ] || $(BIN)/python -m tests.wine || true
+	@[ -z "$${KENAZ_REQUIRE_ALL:-}" ] || $(BIN)/python -m tests.wine
 	@touch .venv/ready-to-run $@
 
 .PHONY: help session image image-aarch64 image-sigilos download-image run-vm run-vm-aarch64 test test-quick test-all bench fuzz soak lint format clean \

@@ -22,7 +22,7 @@ import trio
 
 from kenaz_engine.channel.connection import READ
 from kenaz_engine.channel.framing import LengthPrefixed
-from kenaz_engine.channel.harness import UnixHarness
+from kenaz_engine.channel.harness import ListeningHarness
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.protocol import RESUME
 from kenaz_engine.channel.relay import Expected, Limits, handshake
@@ -99,7 +99,7 @@ async def relayed(*, resumes: bool = False) -> AsyncIterator[tuple[Stream, Strea
     async def dial() -> trio.abc.Stream:
         raise ConnectionRefusedError
 
-    link = UnixHarness(far, LIMITS, dial if resumes else None)
+    link = ListeningHarness(far, LIMITS, dial if resumes else None)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.run)
         nursery.start_soon(link.run)

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kenaz_engine.channel.framing import FramingError, LengthPrefixed
-from kenaz_engine.channel.harness import UnixHarness
+from kenaz_engine.channel.harness import ListeningHarness
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.relay import Expected, GuestChannel, HandshakeError, Limits, Lost, handshake
 from kenaz_engine.channel.resume import Inbox, NotKept, Outbox, ack, read_ack
@@ -97,7 +97,7 @@ def test_an_ack_is_read_as_it_was_written() -> None:
 async def test_a_harness_that_was_sent_too_much_to_be_granted_may_acknowledge_all_the_same() -> None:
     """It cannot know: what it was sent before its `resume` came is more than the launcher keeps [Z7]."""
     near, far = trio.testing.memory_stream_pair()
-    link = UnixHarness(near, LIMITS, far.aclose)  # type: ignore[arg-type]  # it is not dialled again
+    link = ListeningHarness(near, LIMITS, far.aclose)  # type: ignore[arg-type]  # it is not dialled again
     framing = LengthPrefixed()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)
@@ -255,7 +255,7 @@ async def relayed(guest: Peer, harness: Peer, count: int, sizes: list[int]) -> l
             await trio.sleep(0.05)
 
     async with trio.open_nursery() as nursery:
-        link = UnixHarness(await dial(), LIMITS, dial)
+        link = ListeningHarness(await dial(), LIMITS, dial)
         nursery.start_soon(link.run)
         nursery.start_soon(accept)
         nursery.start_soon(speak, guest)

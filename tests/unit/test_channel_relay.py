@@ -12,7 +12,7 @@ import trio.testing
 
 from kenaz_engine.channel.connection import Connection
 from kenaz_engine.channel.framing import LengthPrefixed
-from kenaz_engine.channel.harness import DemoHarness, UnixHarness
+from kenaz_engine.channel.harness import DemoHarness, ListeningHarness
 from kenaz_engine.channel.policy import ToolPolicy
 from kenaz_engine.channel.relay import (
     Bye,
@@ -89,7 +89,7 @@ class World:
     nursery: trio.Nursery
     channel: GuestChannel
     guest: Peer
-    link: UnixHarness
+    link: ListeningHarness
     harness: Peer
     reports: list[Report] = field(default_factory=list)
     byes: list[Bye] = field(default_factory=list)
@@ -132,7 +132,7 @@ async def opened(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_greet, guest)
         channel = await handshake(ours, expected, on_message=on_message, on_bye=byes.append, touch=touch)
-        link = UnixHarness(near, expected.limits)
+        link = ListeningHarness(near, expected.limits)
         world = World(nursery, channel, guest, link, Peer(far), reports, byes)
         world.start(channel.run)
         nursery.start_soon(link.run)

@@ -219,6 +219,20 @@ def test_what_virsh_complains_of_comes_with_a_mend():
     assert str(failure("x", "")) == "x: virsh does not say why"
 
 
+@pytest.mark.parametrize(
+    ("said", "mend"),
+    [
+        ("root@other: Permission denied (publickey,password).: Connection reset by peer", "give ssh a key"),
+        ("Could not open '/their/disk': Permission denied", "let the user that libvirt runs QEMU as"),
+        ("ssh: Could not resolve hostname other: Name or service not known", "a host that ssh finds"),
+        ("unable to connect to server at '127.0.0.1:1': Connection refused", "see that the host listens"),
+        ("Failed to connect socket to '/s': Connection refused", "start libvirt's daemon"),
+    ],
+)
+def test_each_way_of_not_getting_there_has_its_own_mend(said, mend):
+    assert mend in failure("it does not answer", f"error: {said}").hint
+
+
 HAS_IT = module.Verdict(True, "it opens")
 HERE = platform.node()
 

@@ -98,7 +98,7 @@ def _wine(*command: str) -> None:
 def _fetch_jar() -> Path:
     target = PLACE / "jar"
     command = ["mvn", "-q", "-B", "dependency:copy", f"-Dartifact={JAR}", f"-DoutputDirectory={target}"]
-    subprocess.run(command, check=True, cwd=PLACE, stdin=subprocess.DEVNULL)
+    subprocess.run(command, check=True, capture_output=True, cwd=PLACE, stdin=subprocess.DEVNULL)
     [jar] = target.glob("*.jar")
     if hashlib.sha256(jar.read_bytes()).hexdigest() != JAR_SHA256:
         raise OSError(f"{jar} is not what it was when this was written")

@@ -50,8 +50,11 @@ _HINTS = (
     ("Cannot allocate memory", "give the machine less memory"),
     ("without qemu-img", "install qemu-utils on that host"),
     ("No space left on device", "free some space"),
+    ("Permission denied (", "give ssh a key for that host, by an agent or without a passphrase"),
     ("Permission denied", "let the user that libvirt runs QEMU as read that file"),
     ("Host key verification failed", "add the host to your known_hosts: ssh to it once"),
+    ("Could not resolve hostname", "driverOptions.libvirt.uri: a host that ssh finds by its name"),
+    ("Connection refused", "see that the host listens there, or mend driverOptions.libvirt.uri"),
 )
 
 

@@ -106,7 +106,7 @@ Dial = Callable[[], Awaitable[trio.abc.Stream]]
 """Connects to the harness once. Raises OSError."""
 
 
-class UnixHarness:
+class ListeningHarness:
     """A harness that listens on this host; the launcher dials it, and again where it can resume [Z7].
 
     `dial` is None where it can be dialled only once.
@@ -327,7 +327,7 @@ def _resume(payload: bytes) -> int | None:
     return received if message.get("kind") == "resume" and type(received) is int else None
 
 
-async def connect_harness(address: str, limits: Limits) -> UnixHarness:
+async def connect_harness(address: str, limits: Limits) -> ListeningHarness:
     """Dials the harness at `unix:PATH` or `loopback:FILE`, for as long as `limits.grace` gives it to come.
     Raises HarnessError."""
     scheme, _, path = address.partition(":")
@@ -345,7 +345,7 @@ async def connect_harness(address: str, limits: Limits) -> UnixHarness:
     with trio.move_on_after(limits.grace):
         while True:
             try:
-                return UnixHarness(await dial(), limits, dial if limits.grace else None)
+                return ListeningHarness(await dial(), limits, dial if limits.grace else None)
             except (FileNotFoundError, ConnectionRefusedError) as exc:
                 failure = exc
                 await trio.sleep(RETRY)
