@@ -111,14 +111,14 @@ class LaunchRequest:
     `channel` is the path of the UNIX socket on which the launcher listens, or on Windows of the file that
     stands for one (`kenaz_drivers.host.dial_local`), and `ADDRESS:PORT` for `virtio-serial`; empty for
     AF_VSOCK, where `cid` says where the guest will dial from, and for `tcp`. For `vhost-user-vsock` it ends
-    in `_PORT`, the number that the guest will dial. `runtime` is a short directory for sockets of the driver's
-    own; `directory` is the session's state directory. `agent` is the command that *is* the guest for drivers
-    that run no machine. `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`, `vfkit`, `hyperv`
-    (where the handle has the machine's id, as `vm`, before `ready`), `unix`, `tcp`. For `tcp` the driver
-    forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the guest; it is 0 where it
-    is not known yet. `display` is `none`, `window`, or `vnc`, for which `runtime` has a directory `screen`,
-    where the socket `vnc` is to be made. `mark` is a name that nothing else ever has: whatever `launch` makes
-    must be found by it, also when nobody saw it made.
+    in `_PORT`, the number that the guest will dial. `runtime` is a short directory for the driver's own
+    sockets; `directory` is the session's state directory. `agent` is the command that *is* the guest for
+    drivers that run no machine. `transport` is one of `virtio-serial`, `vsock`, `vhost-user-vsock`,
+    `vfkit`, `hyperv` (where the handle has the machine's id, as `vm`, before `ready`), `unix`, `tcp`. For
+    `tcp` the driver forwards `forward`, a port of 127.0.0.1 and of no other address, to `port` of the
+    guest; it is 0 where it is not known yet. `display` is `none`, `window`, or `vnc`, for which `runtime`
+    has a directory `screen`, where the socket `vnc` is to be made. `mark` is a name that nothing else ever
+    has: whatever `launch` makes must be found by it, also when nobody saw it made.
     """
 
     session: str

@@ -31,10 +31,14 @@ class Windows:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        # The images of all; not what is known of their QEMU, which would be forgotten for this one.
+        cache = place / "cache"
+        cache.mkdir()
+        (cache / "images").symlink_to(default_cache() / "images")
         self.environment = {
             **wine.environment(),
             "KENAZ_STATE_DIR": wine.windows(place / "s"),
-            "KENAZ_CACHE_DIR": wine.windows(default_cache()),
+            "KENAZ_CACHE_DIR": wine.windows(cache),
             "NO_COLOR": "1",
         }
         self.started: list[subprocess.Popen[str]] = []
