@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,7 +52,18 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    subprocess.Popen.__exit__ = _leave  # type: ignore[method-assign]
     settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+_really_leave = subprocess.Popen.__exit__
+
+
+def _leave(self: subprocess.Popen[Any], kind: type[BaseException] | None, *why: Any) -> None:
+    """What a failed test has started may be stopped, or serve for an hour: it is not waited for."""
+    if kind is not None:
+        self.kill()
+    _really_leave(self, kind, *why)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -137,10 +149,12 @@ def _libvirtd(kind: str) -> Iterator[Libvirtd]:
             said = running.stdout.readline().split()
             assert said[:1] == ["ready"], "libvirtd does not start"
             daemon = Libvirtd(kind, int(said[1]), Path(said[2]), int(said[3]))
-            yield daemon
-            assert daemon.domains() == []
-            running.stdin.close()
-            running.wait(30)
+            try:
+                yield daemon
+                assert daemon.domains() == []
+            finally:
+                running.stdin.close()
+                running.wait(30)
 
 
 @pytest.fixture(scope="session")

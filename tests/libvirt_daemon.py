@@ -140,7 +140,7 @@ def main(directory: Path, kind: str) -> int:
         daemon = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     ended = threading.Event()
     threading.Thread(target=reap, args=(daemon.pid, ended), daemon=True).start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (path.exists() and answers(port)):
         if ended.is_set() or time.monotonic() > deadline:
             print((directory / "log").read_text(), file=sys.stderr)

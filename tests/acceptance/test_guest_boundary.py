@@ -105,7 +105,7 @@ def test_root_in_the_guest_finds_nothing_of_the_host_and_writes_on_no_disk_but_i
     config = world.directory("s1") / "config.raw"
     world.until(config.exists)
     with config.open("rb") as kept:  # it is read through its inode once its name is gone
-        world.until(lambda: "running" in world.path("s1"))
+        world.until(lambda: "connecting" in world.path("s1"))
         before = os.pread(kept.fileno(), 1 << 20, 0)
         opened = modes_of(world, config)
         out, err = running.communicate(timeout=120)

@@ -332,8 +332,8 @@ def test_the_journal_can_be_followed_while_the_session_hangs_until_it_is_reaped(
             text=True,
         ) as following:
             assert following.stdout is not None
-            while "entered connecting" not in following.stdout.readline():
-                pass
+            while "entered connecting" not in (line := following.stdout.readline()):
+                assert line
             assert world.call("kill", "s1").returncode == 0
             following.communicate(timeout=60)
         assert following.returncode == 0

@@ -556,7 +556,7 @@ YEARS = 365 * 86400.0
 
 
 def test_a_wall_clock_that_steps_changes_no_deadline_and_no_order(world, wall_clock):
-    quick = {"timeouts.draining": "2s", "timeouts.stopping": "1s"}
+    quick = {"timeouts.draining": "2s", "timeouts.stopping": "5s"}
     started = time.monotonic()
     running = world.start("--session-id", "s1", behaviour="hang", **quick)
     world.wait_for("s1", "draining")
@@ -578,7 +578,7 @@ def test_a_wall_clock_that_steps_changes_no_deadline_and_no_order(world, wall_cl
     assert times == sorted(times)
     assert 3 <= records[-1]["seconds"] <= took
     waited = {r["state"]: r["t"] for r in records if r["kind"] == "entered"}
-    assert 2 <= waited["stopping"] - waited["draining"] < 10
+    assert 2 <= waited["stopping"] - waited["draining"] < 60
     # It began ten years and more after what is now.
     [shown] = json.loads(command(world, "ps", "--all", "--json").stdout)
     assert (shown["status"], shown["age"]) == ("ended", 0)

@@ -58,7 +58,7 @@ def shown(text):
 
 
 def test_on_a_terminal_the_current_line_is_redrawn_in_place(terminal):
-    code, text = terminal({}, **SILENT)
+    code, text = terminal({}, **{**SILENT, "timeouts.connecting": "3s"})
     assert code == 1
     times = [float(found) for found in REDRAWN.findall(text)]
     assert len(set(times)) >= 3

@@ -38,7 +38,7 @@ def options(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_session_from_its_plan_to_nothing_left(world: Any, options: dict[str, str]) -> None:
-    shown = world.plan("--json", **options)
+    shown = world.plan("--json", "--session-id", "v1", **options)
     assert shown.returncode == 0, shown.stderr
     planned = json.loads(shown.stdout)
     assert (planned["driver"]["name"], planned["accelerator"]) == ("vfkit", "vz")

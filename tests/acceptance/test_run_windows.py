@@ -200,7 +200,6 @@ def test_a_real_qemu_of_windows_boots_the_demo_image(windows: Windows) -> None:
         "driver": "qemu",
         "driverOptions.qemu.binary": wine.QEMU_BINARY,
         "driverOptions.qemu.accel": "tcg",
-        "timeouts.connecting": "15s",  # five times that under TCG
     }
     said = windows(*windows.session(**options), "--session-id", "q")
     assert "guest says: hello from SigilOS demo, kernel Linux" in said

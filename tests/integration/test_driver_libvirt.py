@@ -31,7 +31,10 @@ def kit(libvirtd, place, monkeypatch):
 def emulator_of(handle):
     """The pid of the domain's QEMU."""
     for process in Path("/proc").glob("[0-9]*"):
-        words = (process / "cmdline").read_bytes().split(b"\0")
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
         if words[0].endswith(b"/qemu-system-x86_64") and handle["uuid"].encode() in words:
             return int(process.name)
     pytest.fail("no QEMU runs that domain")

@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,17 +72,19 @@ async def test_output_environment_and_directory_of_the_agent(driver, plan_for, t
 async def test_a_crash_is_not_clean_and_the_group_goes_with_it(driver, plan_for, tmp_path):
     async with driver.launch(plan_for("sleep 600 & echo $! > pid; exit 3"), {}) as machine:
         assert (await machine.wait()).reason == "the agent ended with code 3"
-    with trio.fail_after(3):
-        while Path("/proc", (tmp_path / "pid").read_text().strip()).exists():
+    stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    with trio.fail_after(30), suppress(OSError):
+        while ") Z " not in stat.read_text():  # dead; whoever reaps orphans here may take its time
             await trio.sleep(0.01)
 
 
 async def test_an_escaped_child_that_holds_the_console_does_not_hold_us(driver, plan_for, tmp_path):
-    async with driver.launch(plan_for("setsid sleep 5 & exit 0"), {}) as machine:
+    async with driver.launch(plan_for("setsid sleep 600 & echo $! > pid; exit 0"), {}) as machine:
         started = time.monotonic()
         await machine.wait()
         assert [data async for data in machine.console()] == []
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 60
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 async def test_what_cannot_be_planned_or_started(driver, plan_for, tmp_path):
@@ -106,15 +110,13 @@ def test_how_an_agent_ended():
 
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
 class TestRealQemu:
-    async def test_the_probe_is_quick_and_quicker_the_second_time(self, tmp_path, monkeypatch):
+    async def test_the_probe_starts_nothing_the_second_time(self, tmp_path, monkeypatch):
         monkeypatch.setenv("KENAZ_CACHE_DIR", str(tmp_path))
-        started = time.monotonic()
         found = await probe.probe("x86_64", {})
-        assert time.monotonic() - started < 3
         assert found.usable
-        started = time.monotonic()
+        monkeypatch.setattr(trio.lowlevel, "open_process", None)
+        monkeypatch.setattr(subprocess, "Popen", None)
         assert await probe.probe("x86_64", {}) == found
-        assert time.monotonic() - started < 0.1
 
     async def test_the_tiny_guest_runs_under_emulation(self):
         binary = probe.find_binary("x86_64")
@@ -128,10 +130,8 @@ class TestRealQemu:
         reason="only where KVM is known to emulate each instruction",
     )
     async def test_a_kvm_that_crawls_is_found_out(self):
-        started = time.monotonic()
         verdict = await probe.run_guest(probe.find_binary("x86_64"), "x86_64", "kvm", "qemu64")
         assert verdict.text == "KVM present but does not run guests (a tiny guest is not done after 2 s)"
-        assert time.monotonic() - started < 3
 
 
 async def test_on_windows_the_agent_has_what_sockets_need_there_and_the_user_is_told(driver, plan_for):

@@ -118,7 +118,7 @@ def test_what_the_command_left_running_ends_with_it(execute: Execute, tmp_path: 
 def test_a_command_that_takes_too_long_is_ended(execute: Execute, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     script = f"trap '' TERM; echo $$ > {pid}; while :; do sleep 600; done"
-    status, result, _, _ = execute("process", "sh", "-c", script, **{"spec.timeouts.running": "500ms"})
+    status, result, _, _ = execute("process", "sh", "-c", script, **{"spec.timeouts.running": "3s"})
     assert (status, result["verdict"]) == (1, "the command took too long")
     assert is_gone(int(pid.read_text()))
 

@@ -75,16 +75,8 @@ class Session:
         self.base = base
         self.directory = base / "s/sessions/s1"
 
-    @contextlib.contextmanager
-    def start(self) -> Iterator[subprocess.Popen[str]]:
-        """It runs no longer than the block: what a failed test leaves, stopped perhaps, may never end."""
-        with subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, text=True, env=self.environment
-        ) as running:
-            try:
-                yield running
-            finally:
-                running.kill()
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True, env=self.environment)
 
     def run(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -268,6 +260,7 @@ def stopped_within_a_frame(launcher: int) -> socket.socket:
     Where the socket happens to be full at the end of a frame, it takes another try."""
     soon = time.monotonic() + BOUND
     while True:
+        assert time.monotonic() < soon
         os.kill(launcher, signal.SIGSTOP)
         while (channel := of_the_channel(launcher)) is None:
             assert time.monotonic() < soon
@@ -280,6 +273,7 @@ def stopped_within_a_frame(launcher: int) -> socket.socket:
             return channel
         channel.close()
         os.kill(launcher, signal.SIGCONT)
+        time.sleep(0.05)  # or it is stopped again before it has run at all
 
 
 def peek(channel: socket.socket) -> bytes:

@@ -30,7 +30,7 @@ from kenaz_engine.channel.transports.vsock import (
 
 LOOPBACK = 1
 PORT = 7881
-PATIENCE = 20.0
+PATIENCE = 100.0
 
 AGENT = ["/usr/bin/python3.11", "-I", "/lib/kenaz-host/agent.py", "--env", "/tmp/kenaz.env"]
 
@@ -173,7 +173,7 @@ async def check_that_the_agent_and_the_channel_talk():
         channel = await handshake(accepted.stream, expected)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.run)
-            assert await channel.drain(5) == Bye("drained")
+            assert await channel.drain(60) == Bye("drained")
             await channel.aclose()
         assert await trio.to_thread.run_sync(agent.wait) == 0
     await listener.aclose()
