@@ -210,6 +210,30 @@ def test_a_host_that_is_gone_is_told_and_reaped_when_it_is_back(
         assert told["status"] == "reaped", told
 
 
+def test_a_host_that_swallows_what_it_is_sent_holds_up_nobody_for_long(
+    world: Any, options: Options, elsewhere_libvirtd: Any
+) -> None:
+    """It takes 17 s, of 5 for the state `killing` and 15 for the release of the machine."""
+    with Forwarded(elsewhere_libvirtd.port) as forwarded:
+        options["driverOptions.libvirt.uri"] = f"qemu+tcp://127.0.0.1:{forwarded.port}/system"
+        with world.start("--session-id", "v", behaviour="mute", **options) as running:
+            world.wait_for("v", "connecting")
+            forwarded.swallow()
+            running.send_signal(signal.SIGINT)
+            world.wait_for("v", "stopping")
+            begun = time.monotonic()
+            running.send_signal(signal.SIGINT)
+            said, _ = running.communicate(timeout=90)
+            assert time.monotonic() - begun < 30
+        assert "left behind: the vm: " in said
+        forwarded.cut()
+        world.until(lambda: elsewhere_libvirtd.domains() == [], bound=60)
+        assert len(sessions_own(elsewhere_libvirtd)) == 2
+        forwarded.mend()
+        [told] = world.reap()["sessions"]
+        assert told["status"] == "reaped", told
+
+
 class Forwarded:
     """A port of 127.0.0.1 that leads to another, until it is cut."""
 
@@ -231,6 +255,10 @@ class Forwarded:
         self._running = subprocess.Popen(program, stdout=subprocess.PIPE)
         assert self._running.stdout is not None
         self._running.stdout.readline()
+
+    def swallow(self) -> None:
+        """From now on whoever dials is let in, and nothing of what comes goes on."""
+        self._running.send_signal(signal.SIGSTOP)
 
     def cut(self) -> None:
         self._running.kill()

@@ -75,6 +75,10 @@ DRAIN_GRACE = 1.0
 
 TERM_GRACE = 0.5
 
+KILL_DEADLINE = 4.0
+"""Seconds of a kill that nobody cuts: the lifecycles give it 5, and a host that drops what it is sent would
+have all that it is given."""
+
 CARRIER_MEMORY = 256 << 20
 """Bytes of data that a carrier may have, whatever a guest sends that does not read. It has 10 MB."""
 
@@ -86,8 +90,7 @@ class LibvirtMachine:
         self._virsh, self._uri, self._uuid = str(data["virsh"]), str(data["uri"]), str(data["uuid"])
         self._name = str(data["name"])
         self._pool, self._volumes = str(data["pool"]), [str(one["name"]) for one in data["volumes"]]
-        self.discarded = False
-        """Whether its volumes are gone, where it had any."""
+        self._discarded = False
         self._uncarried = set(data["carried"])
         self._lost = ""
         self._child = child
@@ -279,21 +282,28 @@ class LibvirtMachine:
         await self._call("the power button does not work", f"shutdown {self._uuid} --mode acpi")
 
     async def kill(self) -> None:
-        with trio.CancelScope(shield=True):
-            if not self._gone.is_set():
-                try:
+        with trio.move_on_after(KILL_DEADLINE, shield=True):
+            await self._end()
+            return
+        await self._end()
+
+    async def _end(self) -> None:
+        if not self._gone.is_set():
+            try:
+                # What is wrong with that, `watch` will see, who tries once more.
+                with contextlib.suppress(DriverError):
                     await destroy(self._virsh, self._uri, self._uuid)
                     with trio.move_on_after(TERM_GRACE):
                         await self._gone.wait()
-                finally:
-                    # Whatever became of that: libvirt ends a domain whose owner goes.
-                    await self._child.end((signal.SIGTERM, TERM_GRACE))
+            finally:
+                # Whatever became of that: libvirt ends a domain whose owner goes.
+                await self._child.end((signal.SIGTERM, TERM_GRACE))
             await self._gone.wait()
-            if self._left is not None:
-                raise self._left
-            if self._volumes and not self.discarded:
-                await elsewhere.discard_volumes(self._virsh, self._uri, self._pool, self._volumes)
-                self.discarded = True
+        if self._left is not None:
+            raise self._left
+        if self._volumes and not self._discarded:
+            await elsewhere.discard_volumes(self._virsh, self._uri, self._pool, self._volumes)
+            self._discarded = True
 
     def console(self) -> AsyncIterator[bytes]:
         return _Late(self._console, lambda: self._stream)
@@ -416,9 +426,9 @@ class LibvirtDriver:
             async with self._launched(plan) as machine:
                 yield machine
         finally:
-            # Where that fails, `Machine.kill` and `release` will tell.
-            with trio.CancelScope(shield=True), contextlib.suppress(DriverError):
-                if machine is None or not machine.discarded:
+            if machine is None:
+                # Else its `kill` has done so. Where it fails, `release` will tell.
+                with trio.CancelScope(shield=True), contextlib.suppress(DriverError):
                     await elsewhere.discard_volumes(virsh, uri, pool, [volume.name for volume in made])
 
     @asynccontextmanager

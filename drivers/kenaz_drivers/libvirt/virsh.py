@@ -32,8 +32,9 @@ FIXED = {"LC_ALL": "C", "LIBVIRT_AUTOSTART": "0"}
 CALL_DEADLINE = 20.0
 """Seconds for an answer: a call takes 0.04, or 9 where the daemon has just started and looks at its QEMU."""
 
-DESTROY_DEADLINE = 25.0
-"""Seconds for the end of a domain: libvirt itself waits up to 15 for a QEMU that does not go."""
+DESTROY_DEADLINE = 12.0
+"""Seconds for the end of a domain: libvirt itself kills a QEMU that does not go after 10. A machine's release
+has 15."""
 
 _EVENT = re.compile(r"event '(lifecycle|reboot)' for domain '[^']*'(?:: (\S+)(?: (.*))?)?$")
 
