@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -43,6 +44,57 @@ def emulator_of(handle):
 async def ended(machine):
     with trio.fail_after(20):
         return await machine.wait()
+
+
+class Daemon:
+    """A user's own libvirtd, as `qemu:///session` has it started: for root, that of somebody else."""
+
+    def __init__(self, directory, monkeypatch):
+        for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+            (directory / name).mkdir(mode=0o700)
+            monkeypatch.setenv(name, str(directory / name))
+        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}:/usr/sbin")
+        another = "unshare --user --map-user=1000 --map-group=1000" if os.geteuid() == 0 else ""
+        program = directory / "virsh"
+        program.write_text(f'#!/bin/sh\nexec {another} {shutil.which("virsh")} "$@"\n')
+        program.chmod(0o755)
+        self._number = directory / "XDG_RUNTIME_DIR/libvirt/libvirtd.pid"
+
+    @property
+    def pid(self):
+        return int(self._number.read_text())
+
+    async def end(self):
+        """Ends it, if it runs; it is no child of ours."""
+        if not self._number.exists():
+            return
+        pidfd = os.pidfd_open(self.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        with trio.fail_after(30):
+            await trio.lowlevel.wait_readable(pidfd)
+        os.close(pidfd)
+
+
+@pytest.fixture
+async def own_daemon(kit, monkeypatch):
+    daemon = Daemon(kit.directory, monkeypatch)
+    # When it starts for the first time it may take long to look at QEMU.
+    start = ["virsh", "-c", "qemu:///session", "-q", "domcapabilities"]
+    environment = {**os.environ, "LIBVIRT_AUTOSTART": "1"}
+    await trio.run_process(start, env=environment, capture_stdout=True)
+    yield daemon
+    await daemon.end()
+
+
+@pytest.mark.slow
+async def test_a_daemon_that_ended_while_the_image_came_is_started_again(kit, own_daemon):
+    kit.options["uri"] = "qemu:///session"
+    async with kit.planned("waits") as plan:
+        await own_daemon.end()
+        async with kit.driver.launch(plan, {}) as machine:
+            await machine.ready()
+            environment = Path(f"/proc/{own_daemon.pid}/environ").read_bytes()
+            assert machine.handle["mark"].encode() not in environment
 
 
 async def test_a_domain_whose_owner_is_gone_is_gone(kit, libvirtd):

@@ -344,6 +344,23 @@ async def test_no_daemon_is_started_unless_the_spec_names_one(virsh):
     assert "LIBVIRT_AUTOSTART=1" in log()
 
 
+async def test_a_users_own_daemon_that_the_spec_names_is_started_for_the_machine_too(virsh):
+    log = virsh(answer="echo 'error: no daemon'; exit 1")
+
+    def planned(facts, **options):
+        facts = asdict(replace(facts, virsh="virsh"))
+        can = Capabilities(usable=True, reasons=(), arch="x86_64", accelerator="tcg", data={"facts": facts})
+        return LibvirtDriver().plan(request_for(capabilities=can, options=options))
+
+    plan = planned(SESSION, uri=SESSION.uri)
+    with pytest.raises(DriverError, match="libvirt at qemu:///session does not answer: no daemon"):
+        async with LibvirtDriver().launch(plan, {}):
+            pytest.fail("it was launched")
+    assert log() == "-c qemu:///session --quiet uri LIBVIRT_AUTOSTART=1\n"
+    assert not planned(SESSION).data["starts"]
+    assert not planned(SYSTEM, uri=SYSTEM.uri).data["starts"]
+
+
 POOL = """
 case "$*" in
 *pool-info*)

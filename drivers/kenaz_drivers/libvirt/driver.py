@@ -18,6 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import trio
 
@@ -60,6 +61,7 @@ from kenaz_drivers.libvirt.virsh import (
     failure,
     parse_event,
     parse_monitor,
+    start_daemon,
 )
 
 MADE_DEADLINE = 50.0
@@ -400,6 +402,7 @@ class LibvirtDriver:
                 "pool": facts.pool,
                 "volumes": [asdict(volume) for volume in made],
                 "carried": ["console", "channel"] if facts.elsewhere else [],
+                "starts": "uri" in request.options and _is_users_own(facts),
             },
             trace=trace,
         )
@@ -415,6 +418,8 @@ class LibvirtDriver:
     @asynccontextmanager
     async def launch(self, plan: LaunchPlan, descriptors: Mapping[str, int]) -> AsyncIterator[LibvirtMachine]:
         made = [Volume(**one) for one in plan.data["volumes"]]
+        if plan.data["starts"]:
+            await start_daemon(plan.data["virsh"], plan.data["uri"])
         if not made:
             async with self._launched(plan) as here:
                 yield here
@@ -485,6 +490,11 @@ class LibvirtDriver:
         await destroy("virsh", uri, str(handle.get("uuid") or uuid_of(mark)))
         if volumes := handle.get("volumes"):
             await elsewhere.discard_volumes("virsh", uri, str(handle["pool"]), list(volumes))
+
+
+def _is_users_own(facts: Facts) -> bool:
+    """Whether its daemon is one that libvirt starts on demand, and that ends by itself."""
+    return not facts.elsewhere and urlsplit(facts.uri).path == "/session"
 
 
 def _there(facts: Facts, made: Sequence[Volume]) -> tuple[str, ...]:

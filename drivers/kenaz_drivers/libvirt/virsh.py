@@ -131,6 +131,16 @@ async def call(
     return await capture(argv, deadline=deadline, environment={**environment(), **(more or {})})
 
 
+async def start_daemon(virsh: str, uri: str) -> None:
+    """Has a user's own daemon started again. Raises DriverError.
+
+    The one that `probe` had started ends after 120 s without a connection, and an image may take longer.
+    """
+    done = await call(virsh, uri, "uri", more={"LIBVIRT_AUTOSTART": "1"})
+    if done.code != 0:
+        raise failure(f"libvirt at {uri} does not answer", done.text)
+
+
 async def destroy(virsh: str, uri: str, uuid: str) -> None:
     """Ends the domain of that UUID, if there is one. Raises DriverError when it may still be there.
 
