@@ -429,18 +429,21 @@ async def test_another_host_is_not_taken_unasked_nor_without_the_library(virsh, 
     assert "needs libvirt's library" in found.reasons[0].text
 
 
-async def test_a_host_of_the_same_name_is_here_only_if_it_tells_our_files_apart(virsh, monkeypatch):
+async def test_names_of_hosts_prove_little_and_files_do(virsh, monkeypatch):
     same = 'case "$*" in *emulatorbin*) echo "error: Cannot check QEMU binary $8";; esac'
     seen = 'case "$*" in *-not) echo "error: $8: no such file";; *) echo "error: $8: not executable";; esac'
+    across, socket = "qemu+tcp://localhost/system", "qemu:///system"
     virsh(answer=same)
-    assert not await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
-    assert await elsewhere.is_here("virsh", "qemu:///system", f"{HERE}.example.org")
-    assert not await elsewhere.is_here("virsh", "qemu:///system", "another")
+    assert not await elsewhere.is_here("virsh", across, HERE)
+    assert await elsewhere.is_here("virsh", socket, f"{HERE.swapcase()}.example.org")
+    assert not await elsewhere.is_here("virsh", socket, "another")
     virsh(answer=seen)
-    assert await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
+    assert await elsewhere.is_here("virsh", across, HERE)
+    assert await elsewhere.is_here("virsh", socket, "another")
+    assert not await elsewhere.is_here("virsh", across, "another")
     monkeypatch.setattr(elsewhere.tempfile, "tempdir", "/nowhere")
     with pytest.raises(DriverError, match="cannot be found out"):
-        await elsewhere.is_here("virsh", "qemu+tcp://localhost/system", HERE)
+        await elsewhere.is_here("virsh", across, HERE)
 
 
 async def test_volumes_are_deleted_until_none_is_listed(virsh, tmp_path):

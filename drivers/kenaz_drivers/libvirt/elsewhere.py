@@ -44,14 +44,15 @@ _POOLS = ("dir", "fs", "netfs")
 async def is_here(virsh: str, uri: str, host: str) -> bool:
     """Whether the libvirt behind that URI, on a host of that name, is on this host and sees its files.
 
-    Another name is another host. The same name proves nothing across a network, for many hosts are called
-    `localhost`: there libvirt is asked what it makes of a file that was made just now, and of one that never
-    was. Who cannot tell them apart is elsewhere. Raises DriverError when no file can be made.
+    A UNIX socket of a host of our name is here; across a network another name is another host. Else a name
+    proves nothing: many hosts are called `localhost`, and libvirt calls ours as /etc/hosts does. There libvirt
+    is asked what it makes of a file that was made just now, and of one that never was. Who cannot tell them
+    apart is elsewhere. Raises DriverError when that cannot be found out.
     """
-    if host.split(".", maxsplit=1)[0] != platform.node().split(".")[0]:
-        return False
-    if not urlsplit(uri).hostname:
-        return True  # a UNIX socket
+    same = _short(host) == _short(platform.node())
+    across = bool(urlsplit(uri).hostname)
+    if same != across:
+        return same
     try:
         with tempfile.NamedTemporaryFile(prefix=PREFIX) as file:
             told = [await _told(virsh, uri, path) for path in (file.name, f"{file.name}-not")]
@@ -60,10 +61,19 @@ async def is_here(virsh: str, uri: str, host: str) -> bool:
     return told[0] != told[1]
 
 
+def _short(host: str) -> str:
+    return host.split(".", maxsplit=1)[0].casefold()
+
+
 async def _told(virsh: str, uri: str, path: str) -> str:
     """What libvirt says of a file as an emulator, without the file's name."""
     words = ("domcapabilities", "--virttype", "qemu", "--emulatorbin", path)
-    return (await call(virsh, uri, *words)).text.replace(path, "")
+    done = await call(virsh, uri, *words)
+    if done.code is None:
+        raise DriverError(
+            f"libvirt at {uri} does not say whether it sees our files within {CALL_DEADLINE:g} s"
+        )
+    return done.text.replace(path, "")
 
 
 async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, str]:
