@@ -7,6 +7,7 @@ import subprocess
 import uuid
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -225,12 +226,49 @@ def test_what_virsh_complains_of_comes_with_a_mend():
         ("root@other: Permission denied (publickey,password).: Connection reset by peer", "give ssh a key"),
         ("Could not open '/their/disk': Permission denied", "let the user that libvirt runs QEMU as"),
         ("ssh: Could not resolve hostname other: Name or service not known", "a host that ssh finds"),
-        ("unable to connect to server at '127.0.0.1:1': Connection refused", "see that the host listens"),
-        ("Failed to connect socket to '/s': Connection refused", "start libvirt's daemon"),
+        ("Unable to resolve address 'other' service '16509': Name or", "a host that is found by its name"),
+        ("unable to connect to server at 'other:1': Connection refused", "see that the host listens"),
+        ("unable to connect to server at 'other:1': No route to host", "see that other is up"),
+        ("ssh: connect to host other port 22: Connection timed out", "see that other is up"),
+        ("REMOTE HOST IDENTIFICATION HAS CHANGED!\nHost key verification failed.", "ssh-keygen -R other"),
+        ("Host key verification failed.", "add the host to your known_hosts"),
+        (
+            "Cannot recv data: sh: 1: nc: not found: Connection reset by peer",
+            "install netcat-openbsd on other",
+        ),
+        ("Cannot read CA certificate '/etc/pki/CA/cacert.pem': No such file", "certificate of other's CA"),
+        ("authentication failed: Failed to verify peer's certificate", "give other a certificate"),
+        ("authentication failed: Failed to start SASL negotiation: -4 (no mechanism)", "in auth.conf"),
+        ("authentication unavailable: no polkit agent available", "log in to other as root"),
+        ("Failed to connect socket to '/libvirt-sock': Permission denied", "log in to other as root"),
+        ("Failed to connect socket to '/libvirt-sock': No such file", "start libvirt's daemon on other"),
     ],
 )
 def test_each_way_of_not_getting_there_has_its_own_mend(said, mend):
-    assert mend in failure("it does not answer", f"error: {said}").hint
+    found = failure("it does not answer", f"error: {said}", "qemu+ssh://root@other/system").hint
+    assert mend in found
+    assert "qemu:///session" not in found
+
+
+@pytest.mark.parametrize(
+    ("uri", "said", "mend"),
+    [
+        (
+            "qemu:///system",
+            "Failed to connect socket to '/s': Connection refused",
+            "start libvirt's daemon: ",
+        ),
+        (
+            "qemu:///system",
+            "Failed to connect socket to '/libvirt-sock': Permission denied",
+            "join the group",
+        ),
+        ("qemu:///system", "authentication unavailable: no polkit agent available", "join the group"),
+        ("qemu:///session", "Failed to connect socket to '/s': No such file", "libvirt starts it"),
+    ],
+)
+def test_this_host_has_mends_of_its_own(uri, said, mend):
+    assert mend in failure("it does not answer", f"error: {said}", uri).hint
 
 
 HAS_IT = module.Verdict(True, "it opens")
@@ -338,7 +376,7 @@ async def test_no_daemon_is_started_unless_the_spec_names_one(virsh):
     log = virsh(answer="echo 'error: Failed to connect socket' >&2; exit 1")
     found = await module.probe("x86_64", {})
     assert not found.usable
-    assert found.reasons[0].mend.startswith("start libvirt's daemon")
+    assert found.reasons[0].mend
     assert "LIBVIRT_AUTOSTART=0" in log()
     await module.probe("x86_64", {"uri": "qemu:///session"})
     assert "LIBVIRT_AUTOSTART=1" in log()
@@ -444,6 +482,30 @@ async def test_names_of_hosts_prove_little_and_files_do(virsh, monkeypatch):
     monkeypatch.setattr(elsewhere.tempfile, "tempdir", "/nowhere")
     with pytest.raises(DriverError, match="cannot be found out"):
         await elsewhere.is_here("virsh", across, HERE)
+
+
+async def test_a_libvirt_that_does_not_answer_in_time_is_told_as_that(virsh, monkeypatch, tmp_path):
+    uri = "qemu+ssh://other/system"
+    hangs = ANSWER.format(host="other", kinds="", qemu="") + "exec sleep 60"
+    virsh(answer=hangs)
+    monkeypatch.setattr(module, "PROBE_DEADLINE", 0.5)
+    for name in ("LOAD_DEADLINE", "DISCARD_DEADLINE"):
+        monkeypatch.setattr(elsewhere, name, 0.5)
+    monkeypatch.setattr(elsewhere, "call", partial(elsewhere.call, deadline=0.5))
+    monkeypatch.setattr(elsewhere, "STREAMS", ("sleep", "60"))
+    [reason] = (await module.probe("x86_64", {"uri": uri})).reasons
+    assert reason.text == f"libvirt at {uri} does not answer: nothing came within 0.5 s"
+    assert reason.mend == f"see that libvirt answers: virsh -c '{uri}' version"
+    for told in (
+        elsewhere.find_pool("virsh", uri, "other", "p"),
+        elsewhere.is_here("virsh", "qemu:///system", "other"),
+        elsewhere.discard_volumes("virsh", uri, "p", ["a"]),
+    ):
+        with pytest.raises(DriverError, match=": nothing came within ") as raised:
+            await told
+        assert raised.value.hint.startswith("see that libvirt answers: ")
+    with pytest.raises(DriverError, match=r"library cannot be loaded within 0\.5 s"):
+        await elsewhere.require_library()
 
 
 async def test_volumes_are_deleted_until_none_is_listed(virsh, tmp_path):

@@ -58,6 +58,7 @@ from kenaz_drivers.libvirt.virsh import (
     describe_exit,
     destroy,
     environment,
+    failed,
     failure,
     parse_event,
     parse_monitor,
@@ -201,7 +202,7 @@ class LibvirtMachine:
             self._exit = describe_exit(self._events)
         else:
             log = "\n".join(self._log.lines())
-            self._exit = Exit(False, str(failure("libvirt's connection ended", log)))
+            self._exit = Exit(False, str(failure("libvirt's connection ended", log, self._uri)))
             try:
                 await destroy(self._virsh, self._uri, self._uuid)
             except DriverError as error:
@@ -265,15 +266,13 @@ class LibvirtMachine:
                 assert self._exit is not None
                 if self._stopped:
                     raise DriverError(self._exit.reason, log=self._log.lines())
-                raise failure("libvirt makes no domain", "\n".join(self._log.lines()))
+                raise failure("libvirt makes no domain", "\n".join(self._log.lines()), self._uri)
             await self._changed.park()
 
     async def _call(self, what: str, command: str) -> None:
         done = await call(self._virsh, self._uri, command)
-        if done.code is None:
-            raise DriverError(f"{what}: libvirt does not answer")
-        if done.code and not self._stopped:
-            raise failure(what, done.text)
+        if done.code is None or (done.code and not self._stopped):
+            raise failed(what, done, self._uri)
 
     async def wait(self) -> Exit:
         await self._gone.wait()

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import trio
 
 from kenaz_drivers._common.output import LogTail
-from kenaz_drivers._common.process import capture, open_pipe, spawn
+from kenaz_drivers._common.process import Captured, capture, open_pipe, spawn
 from kenaz_drivers.contract import Content, DriverError
 from kenaz_drivers.libvirt.domain import PREFIX, Facts, Volume
 from kenaz_drivers.libvirt.lines import Lines
-from kenaz_drivers.libvirt.virsh import CALL_DEADLINE, call, environment, failure
+from kenaz_drivers.libvirt.virsh import CALL_DEADLINE, call, environment, failed, failure
 
 Told = Callable[[Content, int, int, bool], None]
 """As `Placing.place` has it."""
@@ -45,7 +45,7 @@ async def is_here(virsh: str, uri: str, host: str) -> bool:
     """Whether the libvirt behind that URI, on a host of that name, is on this host and sees its files.
 
     A UNIX socket of a host of our name is here; across a network another name is another host. Else a name
-    proves nothing: many hosts are called `localhost`, and libvirt calls ours as /etc/hosts does. There libvirt
+    proves nothing: many hosts are called `localhost`, and libvirt calls ours as /etc/hosts does. So libvirt
     is asked what it makes of a file that was made just now, and of one that never was. Who cannot tell them
     apart is elsewhere. Raises DriverError when that cannot be found out.
     """
@@ -70,18 +70,19 @@ async def _told(virsh: str, uri: str, path: str) -> str:
     words = ("domcapabilities", "--virttype", "qemu", "--emulatorbin", path)
     done = await call(virsh, uri, *words)
     if done.code is None:
-        raise DriverError(
-            f"libvirt at {uri} does not say whether it sees our files within {CALL_DEADLINE:g} s"
-        )
+        raise failed(f"whether {uri} leads to this host cannot be found out", done, uri)
     return done.text.replace(path, "")
 
 
 async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, str]:
     """The directory of that pool on that host, and how much room it has, in words. Raises DriverError."""
     done = await call(virsh, uri, f"pool-info {name}; pool-dumpxml {name}")
+    what = f"the disks cannot be put on {host}"
+    if done.code is None:
+        raise failed(what, done, uri)
     if done.code:
         raise DriverError(
-            str(failure(f"the disks cannot be put on {host}", done.text)),
+            str(failure(what, done.text)),
             hint=f"virsh -c '{uri}' pool-define-as {name} dir --target DIRECTORY, then pool-start {name}; "
             "or driverOptions.libvirt.pool: NAME of another",
         )
@@ -105,6 +106,8 @@ async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, st
 async def require_library() -> None:
     """Raises DriverError where streams cannot be carried."""
     done = await capture(STREAMS, deadline=LOAD_DEADLINE)
+    if done.code is None:
+        raise DriverError(f"libvirt's library cannot be loaded within {LOAD_DEADLINE:g} s")
     if done.code:
         raise DriverError(
             f"the channel of a machine elsewhere needs libvirt's library: {done.text.strip()}",
@@ -174,18 +177,18 @@ async def discard_volumes(virsh: str, uri: str, pool: str, names: Sequence[str])
     """Deletes those that are there. Raises DriverError when some may still be there."""
     words = "; ".join([*(f"vol-delete --pool {pool} {name}" for name in names), f"vol-list --pool {pool}"])
     more: Mapping[str, str] = {"LIBVIRT_AUTOSTART": "1"}
-    text, left = "", list(names)
+    done, left = Captured(None, ""), list(names)
     with trio.move_on_after(DISCARD_DEADLINE):
         while left:
             done = await call(virsh, uri, words, more=more)
-            text = done.text
-            left = [name for name in names if done.code or _listed(name, text)]
-            if left and not re.search("still (?:in use|being allocated)", text):
+            left = [name for name in names if done.code or _listed(name, done.text)]
+            if left and not re.search("still (?:in use|being allocated)", done.text):
                 break
             if left:
                 await trio.sleep(_AGAIN)
     if left:
-        raise failure(f"the disks {', '.join(left)} in the storage pool {pool} cannot be deleted", text)
+        what = f"the disks {', '.join(left)} in the storage pool {pool} cannot be deleted"
+        raise failed(what, done, uri, DISCARD_DEADLINE)
 
 
 def _listed(name: str, text: str) -> bool:

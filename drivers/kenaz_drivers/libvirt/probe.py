@@ -23,7 +23,7 @@ from kenaz_drivers._common.accelerator import (
 from kenaz_drivers.contract import Capabilities, DriverError, JsonObject, Reason
 from kenaz_drivers.libvirt.domain import Facts, machine_of
 from kenaz_drivers.libvirt.elsewhere import find_pool, is_here, require_library
-from kenaz_drivers.libvirt.virsh import call, failure
+from kenaz_drivers.libvirt.virsh import call, failed
 
 PROBE_DEADLINE = 12.0
 """Seconds for all that is asked: 0.06, or 9 of a daemon that has just started and looks at its QEMU."""
@@ -58,8 +58,9 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
     )
     more = {"LIBVIRT_AUTOSTART": "1"} if options.get("uri") else {}
     answer = await call(virsh, uri, questions, deadline=PROBE_DEADLINE, more=more)
-    if "Using API" not in answer.text and "Running against daemon" not in answer.text:
-        raise failure(f"libvirt at {uri} does not answer", answer.text)
+    known = "Using API" in answer.text or "Running against daemon" in answer.text
+    if answer.code is None or not known:
+        raise failed(f"libvirt at {uri} does not answer", answer, uri, PROBE_DEADLINE)
     version = re.search(r"Running against daemon: (\S+)", answer.text)
     facts = Facts(virsh, uri, version[1] if version else "", _owner(uri))
     host = answer.text.splitlines()[0].strip()

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from kenaz_drivers._common.process import Captured, capture
 from kenaz_drivers.contract import DriverError, Exit, JsonObject
@@ -40,11 +41,31 @@ _EVENT = re.compile(r"event '(lifecycle|reboot)' for domain '[^']*'(?:: (\S+)(?:
 
 _MONITOR = re.compile(r"event (\S+) at \S+ for domain '[^']*': (.*)$")
 
-# What libvirt says, and what its user can do.
-_HINTS = (
+# What libvirt says, and what its user can do; the first that is found counts. HOST is that of the URI.
+_GROUP = "join the group libvirt, or driverOptions.libvirt.uri: qemu:///session"
+_HERE = (
+    ("sock': Permission denied", _GROUP),
     ("Failed to connect socket", "start libvirt's daemon: systemctl start virtqemud, or libvirtd"),
-    ("authentication unavailable", "join the group libvirt, or driverOptions.libvirt.uri: qemu:///session"),
-    ("authentication failed", "join the group libvirt, or driverOptions.libvirt.uri: qemu:///session"),
+    ("authentication unavailable", _GROUP),
+    ("authentication failed", _GROUP),
+)
+_OWN = (("Failed to connect socket", "driverOptions.libvirt.uri: qemu:///session, and libvirt starts it"),)
+_UP = "see that HOST is up and can be reached from here, or mend driverOptions.libvirt.uri"
+_THERE = (
+    ("HAS CHANGED", "if HOST has a new key, and you know why: ssh-keygen -R HOST, then ssh to it once"),
+    ("peer's certificate", "give HOST a certificate of that name, by the CA that this host knows"),
+    ("CA certificate", "put the certificate of HOST's CA where libvirt looks for it"),
+    ("SASL", "give what HOST's libvirt asks for in auth.conf: https://libvirt.org/auth.html"),
+    ("sock': Permission denied", "log in to HOST as root, or have that user join the group libvirt there"),
+    ("Failed to connect socket", "start libvirt's daemon on HOST: systemctl start virtqemud, or libvirtd"),
+    ("authentication unavailable", "log in to HOST as root, or have that user join the group libvirt there"),
+    ("authentication failed", "give what HOST's libvirt asks for: https://libvirt.org/auth.html"),
+    ("nc: not found", "install netcat-openbsd on HOST"),
+    ("nc: command not found", "install netcat-openbsd on HOST"),
+    ("Connection timed out", _UP),
+    ("No route to host", _UP),
+)
+_ANYWHERE = (
     ("Could not access KVM", "driverOptions.libvirt.accel: tcg"),
     ('Failed to get "', "another machine uses this disk; end that one first"),
     ("cannot set up guest memory", "give the machine less memory"),
@@ -55,6 +76,7 @@ _HINTS = (
     ("Permission denied", "let the user that libvirt runs QEMU as read that file"),
     ("Host key verification failed", "add the host to your known_hosts: ssh to it once"),
     ("Could not resolve hostname", "driverOptions.libvirt.uri: a host that ssh finds by its name"),
+    ("Unable to resolve address", "driverOptions.libvirt.uri: a host that is found by its name"),
     ("Connection refused", "see that the host listens there, or mend driverOptions.libvirt.uri"),
 )
 
@@ -110,12 +132,26 @@ def errors(text: str) -> tuple[str, ...]:
     return tuple(line for line in lines if line and not line.startswith("failed to get domain"))
 
 
-def failure(what: str, text: str) -> DriverError:
-    """The error of a call to virsh that said this."""
+def failure(what: str, text: str, uri: str = "") -> DriverError:
+    """The error of a call to the virsh of that URI that said this."""
     said = errors(text)
-    hint = next((mend for words, mend in _HINTS if words in text), "")
     message = said[-1] if said else "virsh does not say why"
-    return DriverError(f"{what}: {message}", hint=hint, log=said[-20:])
+    return DriverError(f"{what}: {message}", hint=_mend(text, uri), log=said[-20:])
+
+
+def _mend(text: str, uri: str) -> str:
+    parts = urlsplit(uri)
+    of_place = _THERE if parts.hostname else _OWN if parts.path == "/session" else _HERE
+    found = next((mend for words, mend in (*of_place, *_ANYWHERE) if words in text), "")
+    return found.replace("HOST", parts.hostname or "")
+
+
+def failed(what: str, done: Captured, uri: str, deadline: float = CALL_DEADLINE) -> DriverError:
+    """The error of a call that came to nothing, or to no end within `deadline` seconds."""
+    if done.code is not None:
+        return failure(what, done.text, uri)
+    hint = f"see that libvirt answers: virsh -c '{uri}' version"
+    return DriverError(f"{what}: nothing came within {deadline:g} s", hint=hint, log=errors(done.text)[-20:])
 
 
 def environment() -> dict[str, str]:
@@ -138,7 +174,7 @@ async def start_daemon(virsh: str, uri: str) -> None:
     """
     done = await call(virsh, uri, "uri", more={"LIBVIRT_AUTOSTART": "1"})
     if done.code != 0:
-        raise failure(f"libvirt at {uri} does not answer", done.text)
+        raise failed(f"libvirt at {uri} does not answer", done, uri)
 
 
 async def destroy(virsh: str, uri: str, uuid: str) -> None:
@@ -150,9 +186,7 @@ async def destroy(virsh: str, uri: str, uuid: str) -> None:
     done = await call(virsh, uri, "destroy", uuid, deadline=DESTROY_DEADLINE, more=more)
     if done.code == 0 or _is_gone(done.text):
         return
-    if done.code is None:
-        raise DriverError(f"libvirt does not end the domain {uuid} within {DESTROY_DEADLINE:g} s")
-    raise failure(f"the domain {uuid} cannot be ended", done.text)
+    raise failed(f"the domain {uuid} cannot be ended", done, uri, DESTROY_DEADLINE)
 
 
 def _is_gone(text: str) -> bool:
