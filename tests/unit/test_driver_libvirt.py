@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from kenaz_drivers.contract import Capabilities, Content, Disk, DriverError, Exit, LaunchRequest
@@ -403,14 +404,14 @@ POOL = """
 case "$*" in
 *pool-info*)
     printf 'Name: default\\nState: {state}\\nAvailable:  7.00 GiB\\n'
-    printf "<pool type='{kind}'>\\n<target>\\n<path>/pools/default</path></target></pool>\\n"
+    printf "<pool type='{kind}'>\\n<target>\\n<path>{path}</path></target></pool>\\n"
     exit {code};;
 esac
 """
 
 
-def elsewhere_answer(state="running", kind="dir", code=0, host="elsewhere"):
-    pool = POOL.format(state=state, kind=kind, code=code)
+def elsewhere_answer(state="running", kind="dir", code=0, host="elsewhere", path="/pools/default"):
+    pool = POOL.format(state=state, kind=kind, code=code, path=path)
     return pool + ANSWER.format(host=host, kinds="qemu kvm", qemu="/usr/bin/qemu")
 
 
@@ -438,6 +439,17 @@ async def test_another_host_is_taken_by_name(virsh, carriers):
         "machines run on elsewhere; its storage pool default has 7.00 GiB free",
     ]
     assert (await module.probe("x86_64", {"uri": "qemu+ssh://e/system", "accel": "tcg"})).accelerator == "tcg"
+
+
+async def test_a_pool_may_have_an_odd_path(virsh, carriers):
+    virsh(answer=elsewhere_answer(path="/r&amp;d/it&apos;s"))
+    found = await module.probe("x86_64", {"uri": "qemu+ssh://elsewhere/system"})
+    assert found.data["facts"]["target"] == "/r&d/it's"
+
+
+@pytest.mark.parametrize("transport", ["", "+ssh", "+libssh2", "+unix"])
+def test_each_transport_of_libvirts_may_be_named(transport):
+    jsonschema.validate({"uri": f"qemu{transport}://host/system"}, LibvirtDriver.options_schema)
 
 
 @pytest.mark.parametrize(

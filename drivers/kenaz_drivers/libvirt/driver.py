@@ -329,11 +329,11 @@ class LibvirtDriver:
         "properties": {
             "uri": {
                 "title": "Connection URI",
-                "description": "Which libvirt. Unless given, the one that virsh takes: $LIBVIRT_DEFAULT_URI, "
+                "description": "Which libvirt. Unless given, $LIBVIRT_DEFAULT_URI, "
                 "or qemu:///system for root and qemu:///session for others; a daemon that does not run is "
                 "then not started, and another host not taken.",
                 "type": "string",
-                "pattern": "^qemu(\\+[a-z]+)?://",
+                "pattern": "^qemu(\\+[a-z0-9]+)?://",
                 "examples": ["qemu:///session", "qemu:///system", "qemu+ssh://root@other/system"],
             },
             "pool": {

@@ -5,6 +5,7 @@ See docs/decisions/0024-libvirt-elsewhere.md.
 
 from __future__ import annotations
 
+import html
 import platform
 import re
 import sys
@@ -83,8 +84,8 @@ async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, st
     if done.code:
         raise DriverError(
             str(failure(what, done.text)),
-            hint=f"virsh -c '{uri}' pool-define-as {name} dir --target DIRECTORY, then pool-start {name}; "
-            "or driverOptions.libvirt.pool: NAME of another",
+            hint=f"virsh -c '{uri}' 'pool-define-as {name} dir --target DIRECTORY; pool-build {name}; "
+            f"pool-start {name}', or driverOptions.libvirt.pool: NAME of another",
         )
     state = re.search(r"^State: +(\S+)", done.text, re.MULTILINE)
     if state is None or state[1] != "running":
@@ -92,7 +93,7 @@ async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, st
             f"the storage pool {name} on {host} is not active", hint=f"virsh -c '{uri}' pool-start {name}"
         )
     kind = re.search(r"<pool type='([^']*)'", done.text)
-    target = re.search(r"<path>(/[^<&]*)</path>", done.text)
+    target = re.search(r"<path>(/[^<]*)</path>", done.text)
     if kind is None or kind[1] not in _POOLS or target is None:
         raise DriverError(
             f"the storage pool {name} on {host} is of the type {kind[1] if kind else 'unknown'}, "
@@ -100,7 +101,7 @@ async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, st
             hint=f"a pool of type {', '.join(_POOLS)}",
         )
     room = re.search(r"^Available: +(.*\S)", done.text, re.MULTILINE)
-    return target[1], f"{room[1] if room else 'unknown room'} free"
+    return html.unescape(target[1]), f"{room[1] if room else 'unknown room'} free"
 
 
 async def require_library() -> None:
@@ -111,7 +112,7 @@ async def require_library() -> None:
     if done.code:
         raise DriverError(
             f"the channel of a machine elsewhere needs libvirt's library: {done.text.strip()}",
-            hint="apt install libvirt0",
+            hint="apt install libvirt0" if sys.platform == "linux" else "libvirt.so.0 is on Linux only",
         )
 
 

@@ -104,7 +104,7 @@ async def _probe(arch: str, options: JsonObject) -> Capabilities:
 
 
 def default_uri() -> str:
-    """The URI that libvirt's own tools take when they are given none (libvirt.org/uri.html)."""
+    """The URI where none is given: that of libvirt's own tools, but for their configuration files."""
     root = sys.platform != "win32" and os.geteuid() == 0
     return os.environ.get("LIBVIRT_DEFAULT_URI") or ("qemu:///system" if root else "qemu:///session")
 

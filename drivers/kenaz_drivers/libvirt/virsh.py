@@ -19,6 +19,7 @@ from kenaz_drivers.contract import DriverError, Exit, JsonObject
 # What virsh and libvirt's clients read of the environment: where sockets, keys and configuration are.
 _VARIABLES = (
     "HOME",
+    "KRB5CCNAME",
     "PATH",
     "SSH_AUTH_SOCK",
     "XDG_CACHE_HOME",
