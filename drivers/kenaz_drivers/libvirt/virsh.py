@@ -50,7 +50,12 @@ _HERE = (
     ("authentication unavailable", _GROUP),
     ("authentication failed", _GROUP),
 )
-_OWN = (("Failed to connect socket", "driverOptions.libvirt.uri: qemu:///session, and libvirt starts it"),)
+_OWN = (
+    (
+        "Failed to connect socket",
+        "start libvirt's daemon, or driverOptions.libvirt.uri: qemu:///session, and libvirt starts it",
+    ),
+)
 _UP = "see that HOST is up and can be reached from here, or mend driverOptions.libvirt.uri"
 _THERE = (
     ("HAS CHANGED", "if HOST has a new key, and you know why: ssh-keygen -R HOST, then ssh to it once"),
