@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ async def test_who_dials_is_accepted_and_described(path: Path) -> None:
         await accepted.stream.aclose()
     await listener.aclose()
     assert not path.exists()
+    await listener.aclose()
+
+
+async def test_where_a_socket_that_is_not_bound_has_no_mode_its_file_is_given_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, mode: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fchmod", refuse)  # as on macOS
+    monkeypatch.setattr(sys, "platform", "darwin")
+    listener = listen_unix(path)
+    assert path.lstat().st_mode & 0o777 == 0o600
     await listener.aclose()
 
 

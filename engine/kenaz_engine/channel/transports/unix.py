@@ -33,11 +33,7 @@ if sys.platform == "win32":
     def _unix_socket() -> socket.socket:
         raise TransportError("this system has no UNIX sockets that Python can use", hint="use Linux or macOS")
 
-    def _user_only(descriptor: int, mode: int) -> None:
-        raise NotImplementedError
-
 else:
-    from os import fchmod as _user_only
     from os import geteuid as _user
 
     def _unix_socket() -> socket.socket:
@@ -93,8 +89,10 @@ def listen_unix(path: str | os.PathLike[str]) -> UnixListener:
     listening = _unix_socket()
     try:
         _require_private(place.parent)
-        # On Linux the file is born with the mode of the unbound socket; elsewhere chmod has to follow.
-        _user_only(listening.fileno(), 0o600)
+        if sys.platform == "linux":
+            # There the file is born with the mode of the unbound socket. Elsewhere chmod has to follow: macOS
+            # answers this by EINVAL (chmod(2)). Before it listens, nobody is let in.
+            os.fchmod(listening.fileno(), 0o600)
         listening.bind(str(place))
         place.chmod(0o600)
         listening.listen(BACKLOG)
