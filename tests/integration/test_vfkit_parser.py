@@ -227,4 +227,5 @@ def test_each_character_of_a_path_is_read_as_it_is_or_refused(ask: Ask, scratch:
             }
     assert {char for place, char in refused if place == "disk"} == {","}
     assert {char for place, char in refused if place == "runtime"} == set()
-    assert {"%", "?", "#", ","} <= {char for place, char in refused if place == "channel"}
+    controls = {chr(number) for number in (*range(1, 32), 127)}
+    assert {char for place, char in refused if place == "channel"} == {"%", "?", "#", ",", *controls}

@@ -81,7 +81,7 @@ def test_the_console_is_the_one_that_there_is(before, after):
         ({"channel": "/run/100%41"}, "no socket with '%'"),
         ({"channel": "/run/a?b"}, "no socket with '?'"),
         ({"channel": "/run/a#b"}, "no socket with '#'"),
-        ({"channel": "/run/a b"}, "no socket with ' '"),
+        ({"channel": "/run/a\tb"}, "no socket with '\\t'"),
         ({"channel": "//run/a"}, "no socket with '//'"),
         ({"channel": "/" + "x" * 103}, "has 104 bytes"),
         ({"channel": "relative"}, "path of a socket"),
@@ -95,6 +95,21 @@ def test_what_vfkit_cannot_be_told_is_refused(changes, words):
         build(replace(REQUEST, **changes), "vfkit")
     assert words in str(caught.value)
     assert caught.value.hint or "format" in words
+
+
+def test_a_socket_can_be_where_macos_has_the_state_of_programs():
+    state = "/Library/Application Support/kenaz/sessions/hello"
+    argv = build(replace(REQUEST, directory=state, channel=f"{state}/channel.sock"), "vfkit").argv
+    assert f"virtio-vsock,port=7881,socketURL={state}/channel.sock,listen" in argv
+
+
+@pytest.mark.parametrize(
+    ("directory", "variable"), [("/run/100%", "KENAZ_STATE_DIR"), ("/state", "XDG_RUNTIME_DIR")]
+)
+def test_what_moves_the_socket_is_named(directory, variable):
+    with pytest.raises(DriverError) as caught:
+        build(replace(REQUEST, directory=directory, channel="/run/100%/channel.sock"), "vfkit")
+    assert caught.value.hint == f"set {variable} to another directory"
 
 
 def test_a_host_that_was_not_probed_gives_no_plan():

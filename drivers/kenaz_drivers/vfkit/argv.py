@@ -104,11 +104,13 @@ def _check(request: LaunchRequest) -> None:
     if request.transport != TRANSPORT:
         raise DriverError(f"vfkit has no transport {request.transport!r}", hint=TRANSPORT)
     _check_socket(request.channel)
-    # It goes through url.Parse: these end the path, or begin something that is decoded.
-    if bad := re.search(r"[%?#\x00-\x20\x7f]|//", _word(request.channel)):
+    # It goes through url.Parse: these end the path, begin something that is decoded, or are refused. A space
+    # stays as it is; macOS's place for state has one, "Library/Application Support".
+    if bad := re.search(r"[%?#\x00-\x1f\x7f]|//", _word(request.channel)):
+        own = request.channel.startswith(f"{request.directory}/")
         raise DriverError(
             f"vfkit takes no socket with {bad[0]!r} in its path: {request.channel}",
-            hint="set XDG_RUNTIME_DIR to another directory",
+            hint=f"set {'KENAZ_STATE_DIR' if own else 'XDG_RUNTIME_DIR'} to another directory",
         )
 
 
