@@ -13,6 +13,7 @@ import trio
 
 from kenaz_drivers._common import guard
 from kenaz_drivers._common import process as module
+from kenaz_drivers._common import terminate as terminate_module
 from kenaz_drivers._common.identity import boot_id, identify, is_alive
 from kenaz_drivers._common.process import GUARD, capture, spawn
 from kenaz_drivers._common.terminate import terminate
@@ -358,6 +359,37 @@ def test_a_platform_without_boot_ids_has_an_empty_one(monkeypatch):
     monkeypatch.setattr(Path, "read_text", missing)
     assert boot_id() == ""
     assert identify(1)["start_time"] == ""
+
+
+def test_ps_names_a_process_alike_whoever_asks(monkeypatch):
+    """As BSD's writes it: by strftime("%c") of localtime, in the environment that it is given."""
+
+    def ps(command, *, env=None, **how):
+        seen = os.environ if env is None else env
+        began = f"{seen.get('LC_ALL') or seen.get('LANG')} {seen.get('TZ')}"
+        return subprocess.CompletedProcess(command, 0, f"Ss   {began}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", ps)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delenv("LC_ALL", raising=False)
+    monkeypatch.setenv("LANG", "C")
+    handle = identify(7)
+    monkeypatch.setenv("LANG", "de_DE.UTF-8")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    assert is_alive(handle)
+
+
+async def test_a_process_that_ends_while_it_is_ended_is_gone(monkeypatch):
+    """Outside of Linux nothing pins it between the look and the signal."""
+    looks = iter([True, False])
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(terminate_module, "is_alive", lambda handle: next(looks))
+
+    def gone(pid, number):
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", gone)
+    await terminate({"pid": 7, "start_time": "then", "boot_id": ""})
 
 
 def test_guard_takes_its_own_options_only_before_the_dashes():

@@ -47,7 +47,9 @@ def status(pid: int) -> Status:
         found = Status("R", began, 0) if began else _NONE
     else:
         command = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # It writes the time in the language and the time zone of whoever asks, which a reaper's need not be.
+        neutral = {"LC_ALL": "C", "TZ": "UTC0"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=neutral)
         state, _, started = done.stdout.strip().partition(" ")
         found = Status(state[:1], started.strip(), 0)
     return found

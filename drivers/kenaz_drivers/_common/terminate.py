@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -46,7 +47,8 @@ async def terminate(handle: JsonObject, *, alone: bool = False, deadline: float 
                 await trio.sleep(_POLL)
         else:
             while is_alive(handle):
-                os.kill(int(handle["pid"]), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # gone since it was looked at
+                    os.kill(int(handle["pid"]), signal.SIGKILL)
                 await trio.sleep(_POLL)
         cleared = True
     if not cleared and (left := _kin(handle, alone)):
