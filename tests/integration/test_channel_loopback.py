@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import struct
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -116,6 +117,21 @@ async def test_one_that_is_about_to_prove_itself_is_not_lost_when_another_is_giv
             async with (await listener.accept()).stream as stream:
                 await stream.send_all(b"welcome")
                 assert b"\n" in await slow.receive_some()
+
+
+async def test_who_has_proven_itself_and_is_gone_ends_no_wait(tmp_path: Path) -> None:
+    async with listening(tmp_path) as (listener, path):
+        ask = json.loads(path.read_bytes())["ask"].encode()
+        callers = [await dial(path, says=ask + b"\n") for _ in range(3)]
+        first = await listener.accept()
+        OPEN.append(first.stream)
+        for caller in callers:
+            if caller.socket.getsockname() != first.stream.socket.getpeername():
+                caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                caller.socket.close()
+        with trio.fail_after(5):
+            _, theirs = await accepted(listener, path)
+            await theirs.send_all(b"x")
 
 
 async def test_who_says_nothing_is_given_up(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -68,6 +68,13 @@ class LoopbackListener:
     async def accept(self) -> Accepted:
         """The next connection of somebody who can read the file; others are closed, and hold nobody up.
         Raises TransportError."""
+        while True:
+            stream = (await self._next_proven()).stream
+            with suppress(OSError):  # gone again while another was given
+                return Accepted(stream, f"port {stream.socket.getpeername()[1]}, which knew the secret")
+            await trio.aclose_forcefully(stream)
+
+    async def _next_proven(self) -> _Caller:
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             for caller in self._callers:
@@ -85,8 +92,7 @@ class LoopbackListener:
         if not self._proven:
             assert failure is not None
             raise failure
-        stream = self._proven.popleft().stream
-        return Accepted(stream, f"port {stream.socket.getpeername()[1]}, which knew the secret")
+        return self._proven.popleft()
 
     async def _hear(self, caller: _Caller, done: trio.CancelScope) -> None:
         # Where this is cancelled, another was given: this one is heard on by the next `accept`.
