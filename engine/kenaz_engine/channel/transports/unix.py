@@ -115,7 +115,7 @@ async def accept_socket(listening: trio.socket.SocketType) -> trio.socket.Socket
         try:
             accepted, _ = await listening.accept()
         except OSError as exc:
-            if exc.errno == errno.ECONNABORTED:  # gone again before it was taken
+            if exc.errno in {errno.ECONNABORTED, errno.ECONNRESET}:  # gone again before it was taken
                 continue
             raise TransportError(f"cannot accept: {exc.strerror or exc}", hint=what_to_do(exc)) from None
         return accepted
