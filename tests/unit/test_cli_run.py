@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from kenaz_engine.cli import main as module
 from kenaz_engine.cli.main import main
+from kenaz_engine.cli.run import _Signals
 
 Capture = pytest.CaptureFixture[str]
 
@@ -74,6 +77,25 @@ def test_a_state_directory_that_cannot_be_is_one_line(spec: str, capsys: Capture
     err = capsys.readouterr().err
     assert err.startswith("kenaz-launcher: the state directory ")
     assert err.count("\n") == 1
+
+
+async def test_ctrl_break_is_a_signal_like_others_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    asked: list[tuple[str, str]] = []
+
+    class Session:
+        def request(self, event: str, by: str) -> None:
+            asked.append((event, by))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_Signals(Session()).watch)  # type: ignore[arg-type]
+        for sent in (1, 2):
+            signal.raise_signal(signal.SIGUSR1)
+            with trio.fail_after(5):
+                while len(asked) < sent:
+                    await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert asked == [("end", "signal"), ("abort", "signal")]
 
 
 # The command itself

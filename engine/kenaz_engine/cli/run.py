@@ -191,9 +191,11 @@ class _Signals:
     async def watch(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Runs until cancelled."""
         known = [signal.SIGINT, signal.SIGTERM]
-        hangup: signal.Signals | None = getattr(signal, "SIGHUP", None)
-        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # by nohup
-            known.append(hangup)
+        # On Windows Ctrl-Break is all that can be sent to a process group of its own: Ctrl-C is off there.
+        for name in ("SIGHUP", "SIGBREAK"):
+            number: signal.Signals | None = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                known.append(number)
         with trio.open_signal_receiver(*known) as signals:
             task_status.started()
             async for _ in signals:
