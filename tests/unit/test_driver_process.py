@@ -184,6 +184,29 @@ async def test_a_command_that_cannot_be_made_is_an_error():
         spawn(["tr\0ue"])
 
 
+@pytest.mark.parametrize("missing", ["job", "start time"])
+async def test_a_child_that_nobody_could_end_later_is_ended_now(monkeypatch, missing):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            started.append(self)
+
+    def fails(*args):
+        raise DriverError(f"no {missing}")
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    if missing == "job":
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.setattr(module, "_job", fails, raising=False)
+    else:
+        monkeypatch.setattr(module, "identify", fails)
+    with pytest.raises(DriverError, match=f"no {missing}"):
+        spawn(SLEEP)
+    assert [popen.returncode for popen in started] == [-signal.SIGKILL]
+
+
 async def test_without_pidfds_a_thread_waits(monkeypatch):
     def none(pid):
         raise OSError(38, "Function not implemented")

@@ -186,14 +186,17 @@ def spawn(
         mend = "raise the limit of open files: ulimit -n" if none_left else ""
         raise DriverError(f"cannot start {argv[0]}: {error}", hint=mend) from error
     pidfd = None
-    if sys.platform == "win32":
-        _job().add(popen.pid)
-    if sys.platform == "linux":
-        try:
-            pidfd = os.pidfd_open(popen.pid)
-        except OSError:  # before Linux 5.3, or out of descriptors: wait in a thread
-            pidfd = None
-    return ChildProcess(popen, pidfd, (env or {}).get(MARK, ""))
+    try:
+        if sys.platform == "win32":
+            _job().add(popen.pid)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # before Linux 5.3, or out of descriptors: wait in a thread
+                pidfd = os.pidfd_open(popen.pid)
+        return ChildProcess(popen, pidfd, (env or {}).get(MARK, ""))
+    except BaseException:  # no job for it, or nothing left to run `ps` with: nobody would know of it
+        popen.kill()
+        popen.wait()
+        raise
 
 
 @dataclass(frozen=True, slots=True)
