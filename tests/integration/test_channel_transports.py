@@ -103,6 +103,51 @@ async def test_without_credentials_the_directory_decides(path: Path, monkeypatch
     await listener.aclose()
 
 
+class OnMac:
+    """A connected socket of macOS, as getsockopt(2) tells of its peer."""
+
+    def __init__(self, uid: int, pid: int) -> None:
+        self._uid = uid
+        self._pid = pid
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        assert level == 0
+        if option == 1:
+            assert size == 76
+            return struct.pack("IIh", 0, self._uid, 2) + bytes(2) + struct.pack("16I", 20, 12, *[0] * 14)
+        assert (option, size) == (2, 4)
+        if not self._pid:
+            raise OSError(errno.ENOTCONN, "gone")
+        return struct.pack("i", self._pid)
+
+
+@pytest.mark.parametrize("peer", [(501, 4711), (0, 1), (501, 0)])
+def test_macos_tells_the_peer_otherwise(peer: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(socket, "SO_PEERCRED")
+    assert unix._credentials(OnMac(*peer)) == peer  # type: ignore[arg-type]
+
+
+async def test_whose_user_is_not_told_is_closed_and_the_wait_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [(os.geteuid(), 1)]
+
+    def credentials(connected: Any) -> tuple[int, int]:
+        if len(told) == 1:
+            told.append(told[0])
+            raise OSError(errno.ENOTCONN, "gone")
+        return told.pop()
+
+    monkeypatch.setattr(unix, "_credentials", credentials)
+    listener = listen_unix(path)
+    async with await trio.open_unix_socket(path) as unknown, await trio.open_unix_socket(path):
+        accepted = await listener.accept()
+        assert await unknown.receive_some() == b""
+        await accepted.stream.aclose()
+    await listener.aclose()
+
+
 async def test_only_what_was_bound_is_unlinked(path: Path) -> None:
     listener = listen_unix(path)
     path.unlink()

@@ -1,6 +1,7 @@
 """Looks, after a session's end, whether anything that it held is still there.
 
-The ledger says what could not be given back; of what it says was, this looks at the host itself.
+The ledger says what could not be given back; of what it says was, this looks at the host itself: at files,
+sockets and processes. A machine that is a manager's (libvirt, Hyper-V) was ended by that manager's own word.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import socket
 import stat
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -24,6 +25,12 @@ SUN_PATH = 108 if sys.platform == "linux" else 104
 """Bytes of `sockaddr_un.sun_path`, the closing NUL included (unix(7); <sys/un.h> on macOS)."""
 
 BACKLOG = 4
+
+SOL_LOCAL, LOCAL_PEERCRED, LOCAL_PEERPID = 0, 1, 2
+"""How macOS is asked for the peer (<sys/un.h>): Python does not know these."""
+
+XUCRED = struct.Struct("=2Ih2x16I")
+"""Version, user, number of groups and groups (<sys/ucred.h>)."""
 
 if sys.platform == "win32":
 
@@ -58,9 +65,10 @@ class UnixListener:
         """The next connection of this user or root; others are closed. Raises TransportError."""
         while True:
             stream = trio.SocketStream(await accept_socket(self._socket))
-            uid, pid = _credentials(stream.socket)
-            if uid in (_user(), 0):
-                return Accepted(stream, f"uid {uid} pid {pid}")
+            with suppress(OSError):  # whose user is not told is not heard
+                uid, pid = _credentials(stream.socket)
+                if uid in (_user(), 0):
+                    return Accepted(stream, f"uid {uid} pid {pid}")
             await trio.aclose_forcefully(stream)
 
     async def aclose(self) -> None:
@@ -139,10 +147,16 @@ def _require_private(directory: Path) -> None:
 
 
 def _credentials(connected: trio.socket.SocketType) -> tuple[int, int]:
-    """User and process id of the peer; where the system does not tell, those that the directory admits."""
-    option = getattr(socket, "SO_PEERCRED", None)
-    if option is None:
-        return _user(), 0
-    size = struct.calcsize("3i")
-    pid, uid, _gid = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, option, size))
+    """User and process id of the peer; where not told, the user whom the directory admits, and 0. Raises
+    OSError."""
+    pid = 0
+    if sys.platform == "darwin":
+        _, uid, *_ = XUCRED.unpack(connected.getsockopt(SOL_LOCAL, LOCAL_PEERCRED, XUCRED.size))
+        with suppress(OSError):  # who has closed already has a user only
+            [pid] = struct.unpack("i", connected.getsockopt(SOL_LOCAL, LOCAL_PEERPID, struct.calcsize("i")))
+    elif option := getattr(socket, "SO_PEERCRED", None):
+        size = struct.calcsize("3i")
+        pid, uid, _gid = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, option, size))
+    else:
+        uid = _user()
     return uid, pid
