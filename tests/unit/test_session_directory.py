@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_sessions_of_one_id_in_two_places_do_not_share_sockets(monkeypatch: pyte
     assert first != second
     assert first.parent == second.parent == Path("/run/kenaz")
     assert socket_directory(Path("/state/s1")) == Path("/state/s1")
+
+
+def test_macos_has_room_for_the_sockets_of_a_long_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: f"/var/folders/zz/{'x' * 30}/T")
+    monkeypatch.setattr(os, "getuid", lambda: 1234567890)  # of a directory service
+    monkeypatch.setattr(module, "LONGEST_PATH", 103)
+    state = Path("/Users", "somebody", "Library/Application Support/kenaz/sessions")
+    assert socket_directory(state / ("i" * 25)) == state / ("i" * 25)
+    assert socket_directory(state / ("i" * 63)).parent == runtime_home()
 
 
 async def test_a_session_has_its_directory_for_itself(home: Path) -> None:

@@ -92,7 +92,8 @@ def socket_directory(directory: Path) -> Path:
     """
     # Sessions of other state directories may have the same id, hence the digest of the whole path.
     digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-    candidates = [directory, runtime_home() / f"{directory.name[:16]}-{digest}"]
+    # No longer than what macOS's own place for temporary files, of 48 bytes, leaves of a socket's 103.
+    candidates = [directory, runtime_home() / f"{directory.name[:7]}-{digest}"]
     for candidate in candidates:
         if all(fits_socket(candidate / name) for name in SOCKETS):
             return candidate
