@@ -153,7 +153,7 @@ def _copy_piece(source: int, file: int, offset: int, length: int) -> None:
 
 
 def _extents(file: int) -> Iterator[tuple[int, int]]:
-    """Where the file holds data; all of it where the platform does not tell."""
+    """Where the file holds data; all of it where the platform, or on macOS the file system, does not tell."""
     end = os.fstat(file).st_size
     if sys.platform == "win32" or not hasattr(os, "SEEK_DATA"):
         yield 0, end
@@ -163,9 +163,9 @@ def _extents(file: int) -> Iterator[tuple[int, int]]:
             try:
                 start = os.lseek(file, at, os.SEEK_DATA)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # holes up to the end
-                    return
-                raise
+                if error.errno != errno.ENXIO:  # on macOS the file system's own: ENOTTY, ENOTSUP, EINVAL
+                    yield at, end
+                return  # after ENXIO holes up to the end
             at = os.lseek(file, start, os.SEEK_HOLE)
             yield start, at
 
