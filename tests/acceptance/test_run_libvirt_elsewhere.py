@@ -150,7 +150,7 @@ def test_the_image_goes_there_once_and_two_at_once_are_no_trouble(
             threads.map(lambda world: world.run("--session-id", "v", behaviour="bye", **options), made)
         )
     assert [done.returncode for done in ran] == [0, 0], ran
-    assert any(f"kernel to {THERE} 100% of " in done.stdout for done in ran)
+    assert sum(f"kernel to {THERE} 100% of " in done.stdout for done in ran) == 1
     assert set(elsewhere_libvirtd.volumes("fresh")) == images()
     for name in images():
         file = Path(f"/proc/{elsewhere_libvirtd.pid}/root/var/lib/libvirt/fresh") / name

@@ -14,7 +14,20 @@ from types import SimpleNamespace
 import pytest
 
 from kenaz_drivers.libvirt import streams
-from kenaz_drivers.libvirt.streams import GAP, HELD, PIECE, Busy, Carrier, Failed, extents, main, put
+from kenaz_drivers.libvirt.streams import (
+    GAP,
+    HELD,
+    PIECE,
+    POLL,
+    STILL,
+    Busy,
+    Carrier,
+    Failed,
+    Gone,
+    extents,
+    main,
+    put,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="UNIX sockets")
 
@@ -27,11 +40,15 @@ class Store:
         self.busy = busy
         self.full = full
         self.written = []
+        self.time = 0
 
-    def _taken(self):
+    def _volume(self, name):
+        if name not in self.volumes:
+            raise Gone("no storage vol")
         if self.busy:
             self.busy -= 1
             raise Busy
+        return self.volumes[name]
 
     def create(self, name, size):
         if name in self.volumes:
@@ -40,17 +57,22 @@ class Store:
         return True
 
     def read(self, name, offset, length):
-        self._taken()
-        return bytes(self.volumes[name][offset : offset + length])
+        return bytes(self._volume(name)[offset : offset + length])
 
     def write(self, name, offset, length, pieces):
-        self._taken()
+        volume = self._volume(name)
         data = b"".join(pieces)
         assert len(data) == length
         self.written.append((offset, length))
         if sum(length for _, length in self.written) > self.full:
             raise Failed("No space left on device")
-        self.volumes[name][offset : offset + length] = data
+        self.time += 1
+        volume[offset : offset + length] = data
+
+    def stamp(self, name):
+        if name not in self.volumes:
+            raise Gone("no storage vol")
+        return str(self.time)
 
     def delete(self, name):
         del self.volumes[name]
@@ -75,9 +97,15 @@ def content(tmp_path):
         os.close(descriptor)
 
 
-def bring(store, file):
+def bring(store, file, other=lambda waits: None):
+    """Puts it there; `other` is what another does while we wait, by how often we did."""
     told, waits = [], []
-    put(store, file, "k", told.append, waits.append)
+
+    def wait(seconds):
+        waits.append(seconds)
+        other(len(waits))
+
+    put(store, file, "k", told.append, wait)
     os.lseek(file, 0, os.SEEK_SET)
     size = os.fstat(file).st_size
     whole = b""
@@ -111,28 +139,79 @@ def test_holes_are_left_out(content):
     bring(Store(), content(size=0))
 
 
-def test_what_broke_off_is_begun_anew_and_what_goes_on_is_waited_for(content):
+def test_what_stands_still_is_begun_anew(content):
     file = content((0, b"a" * 3 * PIECE), size=3 * PIECE)
     store = Store()
     store.volumes["k"] = bytearray(3 * PIECE)  # all but the piece that comes last may be there
     told, waits = bring(store, file)
-    assert (told[:2], waits) == ([f"waiting {3 * PIECE}"] * 2, [streams.POLL] * 2)
+    assert waits == [POLL] * (STILL + 1)
+    assert told[: STILL + 2] == [f"waiting {3 * PIECE}"] * (STILL + 1) + [f"{PIECE} {3 * PIECE}"]
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_what_somebody_else_brings_is_waited_for(content, breaks_off):
+    file = content((0, b"a" * 3 * PIECE), size=3 * PIECE)
+    store = Store()
+    store.volumes["k"] = bytearray(3 * PIECE)
+
+    def other(waits):
+        if waits <= 3 * STILL and waits % (STILL - 1) == 0:  # slowly
+            store.time += 1
+        if waits == 3 * STILL and not breaks_off:
+            store.volumes["k"][:] = b"a" * 3 * PIECE
+
+    told, waits = bring(store, file, other)
+    assert waits == [POLL] * (3 * (STILL - 1) + STILL + 1 if breaks_off else 3 * STILL)
+    assert (store.written != []) == breaks_off
+    assert len(told) == len(waits) + (3 if breaks_off else 0)
+
+
+def test_what_is_busy_is_waited_for(content):
+    file = content((0, b"a" * 3 * PIECE), size=3 * PIECE)
     done = Store(busy=3)
     done.volumes["k"] = bytearray(b"a" * 3 * PIECE)
-    told, waits = bring(done, file)
-    assert len(waits) == 3
+    assert len(bring(done, file)[1]) == 3
     assert done.written == []
     held = Store()
     held.create = lambda name, size: Store.create(held, name, size) and not setattr(held, "busy", 2)
     _, waits = bring(held, file)  # somebody looks while it is written
-    assert waits == [streams.POLL / 10] * 2
+    assert waits == [POLL / 10] * 2
 
 
-def test_a_pool_that_is_full_keeps_nothing_of_it(content):
+def test_what_somebody_else_deletes_is_made_anew(content):
+    """Whoever made it and failed; or a person, and a third has made it again by then."""
+    file = content((0, b"a" * 3 * PIECE), size=3 * PIECE)
+    store = Store()
+    store.volumes["k"] = bytearray(3 * PIECE)
+    bring(store, file, lambda waits: store.delete("k") if waits == 2 else None)
+    replaced = Store()
+
+    def written(name, offset, length, pieces):
+        Store.write(replaced, name, offset, length, pieces)
+        replaced.write = lambda *words: Store.write(replaced, *words)
+        replaced.volumes["k"] = bytearray(3 * PIECE)
+
+    replaced.write = written
+    before = []
+    bring(replaced, file, lambda waits: before.append(bytes(replaced.volumes["k"])))
+    assert set(before) == {b"\0" * 3 * PIECE}  # it was not called whole
+    assert replaced.written == [(PIECE, 2 * PIECE), (PIECE, 2 * PIECE), (0, PIECE)]
+    never = Store()
+    never.create = lambda name, size: True
+    with pytest.raises(Gone):
+        bring(never, file)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_pool_that_is_full_keeps_nothing_of_it_but_what_somebody_else_writes(content, others):
     store = Store(full=PIECE)
+
+    def wait(seconds):
+        store.time += others
+
     with pytest.raises(Failed, match="No space left"):
-        put(store, content((0, b"a" * 4 * PIECE), size=4 * PIECE), "k", lambda line: None)
-    assert store.volumes == {}
+        put(store, content((0, b"a" * 4 * PIECE), size=4 * PIECE), "k", lambda line: None, wait)
+    assert list(store.volumes) == ["k"] * others
 
 
 class Library:

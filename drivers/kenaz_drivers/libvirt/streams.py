@@ -41,6 +41,16 @@ GAP = 4 << 20
 POLL = 1.0
 """Seconds between two looks whether somebody else is done with a file."""
 
+STILL = 10
+"""Looks in a row that find a file as it was, after which whoever brought it is taken for gone."""
+
+_UNTOUCHED = 3
+"""Looks in a row that find as it was a file whose upload failed. Fewer than STILL, so that nobody has begun
+to take it over meanwhile."""
+
+_TRIES = 3
+"""Times that a file is begun anew when it goes while it is brought."""
+
 HELD = 4 << 20
 """Bytes for our side that are held before libvirt is left to itself."""
 
@@ -68,8 +78,12 @@ class Busy(Exception):
     """Somebody else reads or writes that volume just now."""
 
 
+class Gone(Failed):
+    """There is no such volume, or no more."""
+
+
 class Store(Protocol):
-    """A pool, as far as a file is put there."""
+    """A pool, as far as a file is put there. Whatever asks for a volume raises Gone where there is none."""
 
     def create(self, name: str, size: int) -> bool:
         """Makes a volume of so many zeros; false where there is one of that name."""
@@ -79,6 +93,9 @@ class Store(Protocol):
 
     def write(self, name: str, offset: int, length: int, pieces: Iterator[bytes]) -> None:
         """Writes the pieces, of `length` bytes together. Raises Busy before it takes any."""
+
+    def stamp(self, name: str) -> str:
+        """What is another one after each write."""
 
     def delete(self, name: str) -> None:
         """Removes it, if it can be."""
@@ -98,56 +115,107 @@ def put(
 
     The name says what the content is, so whoever writes there writes the same. The first piece that is not
     all zeros is written last: where it is there, all is; what an upload that broke off has left is none. One
-    that goes on is waited for: libvirt lets nobody else at the volume meanwhile. Raises Failed.
+    that goes on is waited for. libvirt keeps nobody from a volume that is being written: it is the file's
+    time that tells, for as long as that moves, somebody is at it. Raises Failed.
     """
-    size = os.fstat(file).st_size
-    first = _first(file, size)
-    made = store.create(name, size)
-    idle = 0
-    while not made and idle < 2:
-        try:
-            if store.read(name, first, PIECE) == _piece(file, first):
-                return
-            idle += 1
-        except Busy:
-            idle = 0
-        told(f"waiting {size}")
-        wait(POLL)
-    last = min(first + PIECE, size)
-    runs = [(max(start, last), end) for start, end in extents(file, size) if end > last] + [(first, last)]
-    whole = sum(end - start for start, end in runs)
-    done = 0
+    upload = _Upload(store, file, name, told, wait)
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(Gone):
+            return upload.run()
+    return upload.run()
 
-    def pieces(start: int, end: int) -> Iterator[bytes]:
-        nonlocal done
+
+class _Upload:
+    """One file on its way; the words are those of `put`."""
+
+    def __init__(
+        self,
+        store: Store,
+        file: int,
+        name: str,
+        told: Callable[[str], None],
+        wait: Callable[[float], None],
+    ) -> None:
+        self._store = store
+        self._file = file
+        self._name = name
+        self._told = told
+        self._wait = wait
+        self._size = os.fstat(file).st_size
+        self._first = _first(file, self._size)
+
+    def run(self) -> None:
+        """Raises Gone when the volume went meanwhile: another try makes it anew."""
+        if self._store.create(self._name, self._size):
+            try:
+                self._bring()
+            except Failed:
+                if self._untouched():
+                    self._store.delete(self._name)
+                raise
+        elif not self._waited():
+            self._bring()
+
+    def _waited(self) -> bool:
+        """Whether all is there, be it that somebody else has brought it; false when nobody is at it."""
+        stamp, still = "", 0
+        while still < STILL:
+            try:
+                if self._store.read(self._name, self._first, PIECE) == _piece(self._file, self._first):
+                    return True
+                before, stamp = stamp, self._store.stamp(self._name)
+                still = still + 1 if stamp == before else 0
+            except Busy:
+                still = 0
+            self._told(f"waiting {self._size}")
+            self._wait(POLL)
+        return False
+
+    def _untouched(self) -> bool:
+        """Whether nobody else writes there: another may have taken it over, and must not lose it."""
+        try:
+            stamp = self._store.stamp(self._name)
+            for _ in range(_UNTOUCHED):
+                self._wait(POLL)
+                if self._store.stamp(self._name) != stamp:
+                    return False
+        except Failed:
+            return False
+        return True
+
+    def _bring(self) -> None:
+        first, last = self._first, min(self._first + PIECE, self._size)
+        rest = [(max(start, last), end) for start, end in extents(self._file, self._size) if end > last]
+        self._whole = last - first + sum(end - start for start, end in rest)
+        self._done = 0
+        for start, end in rest:
+            self._write(start, end)
+        if rest and not self._has(max(rest[-1][0], rest[-1][1] - PIECE)):
+            raise Gone(f"the volume {self._name} was made anew while it was written")
+        self._write(first, last)
+
+    def _has(self, at: int) -> bool:
+        """Whether what was written there is there: not, where somebody has deleted the volume meanwhile and
+        another one of that name is being filled, which the first piece would then call whole."""
+        while True:
+            try:
+                return self._store.read(self._name, at, PIECE) == _piece(self._file, at)
+            except Busy:
+                self._wait(POLL / 10)
+
+    def _write(self, start: int, end: int) -> None:
+        while True:
+            try:
+                return self._store.write(self._name, start, end - start, self._pieces(start, end))
+            except Busy:
+                self._wait(POLL / 10)
+
+    def _pieces(self, start: int, end: int) -> Iterator[bytes]:
         for at in range(start, end, PIECE):
-            data = _piece(file, at, min(PIECE, end - at))
+            data = _piece(self._file, at, min(PIECE, end - at))
             yield data
-            done += len(data)
-            told(f"{done} {whole}")
-
-    try:
-        for start, end in runs:
-            _write(store, name, start, end, pieces, wait)
-    except Failed:
-        if made:
-            store.delete(name)
-        raise
-
-
-def _write(
-    store: Store,
-    name: str,
-    start: int,
-    end: int,
-    pieces: Callable[[int, int], Iterator[bytes]],
-    wait: Callable[[float], None],
-) -> None:
-    while True:
-        try:
-            return store.write(name, start, end - start, pieces(start, end))
-        except Busy:
-            wait(POLL / 10)
+            self._done += len(data)
+            self._told(f"{self._done} {self._whole}")
 
 
 def _first(file: int, size: int) -> int:
@@ -220,6 +288,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "virStorageVolCreateXML": (_P, _P, _S, _U),
     "virStorageVolDelete": (_I, _P, _U),
     "virStorageVolDownload": (_I, _P, _P, _L, _L, _U),
+    "virStorageVolGetXMLDesc": (_S, _P, _U),
     "virStorageVolLookupByName": (_P, _P, _S),
     "virStorageVolUpload": (_I, _P, _P, _L, _L, _U),
     "virStreamEventAddCallback": (_I, _P, _I, _ON_STREAM, _P, _P),
@@ -249,11 +318,12 @@ class Connection:
         self._connection = self.call("virConnectOpen", uri.encode())
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Raises Failed where libvirt says that it failed: no pointer, or a negative number."""
+        """Raises Failed where libvirt says that it failed: nothing, or a negative number."""
         result = getattr(self.library, name)(*arguments)
-        if (result is None) if _CALLS[name][0] is _P else result < 0 and result != _WOULD_BLOCK:
+        if result is None or (_CALLS[name][0] is _I and result < 0 and result != _WOULD_BLOCK):
             said = self.library.virGetLastErrorMessage()
-            raise Failed(said.decode("utf-8", "replace"), self.library.virGetLastErrorCode())
+            code = self.library.virGetLastErrorCode()
+            raise (Gone if code == _NO_STORAGE_VOL else Failed)(said.decode("utf-8", "replace"), code)
         return result
 
     def stream(self, flags: int = 0) -> Any:
@@ -313,6 +383,10 @@ class Pool:
             while data:
                 data = data[self._connection.send(stream, data) :]
         self._end(stream)
+
+    def stamp(self, name: str) -> str:
+        told: bytes = self._connection.call("virStorageVolGetXMLDesc", self._volume(name), 0)
+        return told.decode().partition("<mtime>")[2].partition("<")[0]
 
     def delete(self, name: str) -> None:
         try:
