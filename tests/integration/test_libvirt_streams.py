@@ -61,3 +61,18 @@ def test_what_another_brings_slowly_is_not_brought_again(pool, file, elsewhere_l
     assert running.returncode == 0, said
     assert set(said) <= {f"0 waiting {len(CONTENT)}\n"}
     assert pool.read(NAME, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_pool_that_changed_without_libvirt_is_looked_at_anew(pool, file, elsewhere_libvirtd, known):
+    there = Path(f"/proc/{elsewhere_libvirtd.pid}/root/var/lib/libvirt/default") / NAME
+    if known:
+        assert pool.create(NAME, len(CONTENT))
+        there.unlink()
+    else:
+        there.write_bytes(CONTENT)
+    with uploading(elsewhere_libvirtd, file) as running:
+        said = running.stdout.read()
+    assert (running.returncode, said.count("waiting")) == (0, 0), said
+    assert (said != "") == known  # it is brought where it is not there
+    assert there.read_bytes() == CONTENT

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 LIBRARY = "libvirt.so.0"
 
@@ -61,9 +61,13 @@ PACE = 0.1
 """Seconds between two reports of a file."""
 
 # virErrorNumber.
+_SYSTEM_ERROR = 38
 _OPERATION_INVALID = 55
 _NO_STORAGE_VOL = 50
 _STORAGE_VOL_EXIST = 90
+
+
+_T = TypeVar("_T")
 
 
 class Failed(Exception):
@@ -285,6 +289,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "virGetLastErrorMessage": (_S,),
     "virSetErrorFunc": (None, _P, _HANDLER),
     "virStoragePoolLookupByName": (_P, _P, _S),
+    "virStoragePoolRefresh": (_I, _P, _U),
     "virStorageVolCreateXML": (_P, _P, _S, _U),
     "virStorageVolDelete": (_I, _P, _U),
     "virStorageVolDownload": (_I, _P, _P, _L, _L, _U),
@@ -350,13 +355,20 @@ class Connection:
 
 
 class Pool:
-    """A pool of that connection's host."""
+    """A pool of that connection's host.
+
+    libvirt knows what was there when it last looked, and what it did itself. Where that may be why it fails,
+    it is made to look: files come and go by hand, and by other hosts where a pool is a file system of many.
+    """
 
     def __init__(self, connection: Connection, pool: Any) -> None:
         self._connection = connection
         self._pool = pool
 
     def create(self, name: str, size: int) -> bool:
+        return self._anew(_OPERATION_INVALID, lambda: self._create(name, size))
+
+    def _create(self, name: str, size: int) -> bool:
         xml = (
             f"<volume><name>{name}</name><capacity>{size}</capacity><allocation>0</allocation>"
             "<target><format type='raw'/></target></volume>"
@@ -397,10 +409,25 @@ class Pool:
     def _volume(self, name: str) -> Any:
         return self._connection.call("virStorageVolLookupByName", self._pool, name.encode())
 
-    def _open(self, what: str, name: str, offset: int, length: int) -> Any:
-        stream, volume = self._connection.stream(), self._volume(name)
+    def _anew(self, code: int, action: Callable[[], _T]) -> _T:
+        """Does that, and where it fails with that number once more, after libvirt has looked."""
         try:
-            self._connection.call(what, volume, stream, offset, length, 0)
+            return action()
+        except Failed as error:
+            if error.code != code:
+                raise
+        with contextlib.suppress(Failed):  # the second try tells more
+            self._connection.call("virStoragePoolRefresh", self._pool, 0)
+        return action()
+
+    def _open(self, what: str, name: str, offset: int, length: int) -> Any:
+        stream = self._connection.stream()
+
+        def opened() -> None:
+            self._connection.call(what, self._volume(name), stream, offset, length, 0)
+
+        try:
+            self._anew(_SYSTEM_ERROR, opened)
         except Failed as error:
             if error.code == _OPERATION_INVALID:
                 raise Busy from None
