@@ -348,11 +348,15 @@ def test_what_libvirt_says_is_told(monkeypatch, capsys):
             def function(*arguments):
                 if name == "virGetLastErrorMessage":
                     return b"authentication failed"
-                return None if name == "virConnectOpen" else 0
+                if name == "virConnectOpenAuth":
+                    assert arguments == (b"qemu+tcp://nowhere/system", "as virsh does", 0)
+                    return None
+                return 0
 
             return function
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing())
+    monkeypatch.setattr(streams, "_credentials", lambda library: "as virsh does")
     assert main([]) == 0
     assert main(["qemu+tcp://nowhere/system", "upload", "default", "/f", "n"]) == 1
     assert main(["qemu+tcp://nowhere/system", "console", "uuid", "/s"]) == 1

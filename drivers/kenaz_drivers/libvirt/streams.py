@@ -277,7 +277,7 @@ _NONBLOCK = 1
 _WOULD_BLOCK = -2
 
 _CALLS: dict[str, tuple[Any, ...]] = {
-    "virConnectOpen": (_P, _S),
+    "virConnectOpenAuth": (_P, _S, _P, _U),
     "virDomainLookupByUUIDString": (_P, _P, _S),
     "virDomainOpenChannel": (_I, _P, _S, _P, _U),
     "virDomainOpenConsole": (_I, _P, _S, _P, _U),
@@ -306,6 +306,11 @@ _CALLS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _credentials(library: Any) -> Any:
+    """How virsh answers a host that asks who we are: SASL uses the user's auth.conf only with this."""
+    return ctypes.c_void_p.in_dll(library, "virConnectAuthPtrDefault")
+
+
 class Connection:
     """A connection to a libvirt. Its calls block, and let other threads run meanwhile."""
 
@@ -320,7 +325,7 @@ class Connection:
         library.virSetErrorFunc(None, self._silent)
         if events:
             self.call("virEventRegisterDefaultImpl")
-        self._connection = self.call("virConnectOpen", uri.encode())
+        self._connection = self.call("virConnectOpenAuth", uri.encode(), _credentials(library), 0)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Raises Failed where libvirt says that it failed: nothing, or a negative number."""
