@@ -568,6 +568,26 @@ async def test_files_are_brought_with_progress_or_a_reason(monkeypatch, tmp_path
         await elsewhere.place(replace(THERE, pool="full"), contents, lambda *seen: None)
 
 
+async def test_an_upload_that_goes_on_is_waited_for_and_one_that_stalls_is_not(
+    mock_clock, monkeypatch, tmp_path
+):
+    program = tmp_path / "streams"
+    program.write_text('#!/bin/sh\nfor n in 1 2 3 4; do echo "0 $n 9"; read -r line <$0.go; done\n')
+    program.chmod(0o755)
+    os.mkfifo(tmp_path / "streams.go")
+    monkeypatch.setattr(elsewhere, "STREAMS", (str(program),))
+
+    def told(content, done, whole, waiting):
+        mock_clock.jump(elsewhere.STALLED - 1 if done < 4 else elsewhere.STALLED)
+        if done < 4:
+            (tmp_path / "streams.go").write_text("on\n")
+
+    with pytest.raises(DriverError, match="nothing more of the image went to other within 120 s") as raised:
+        await elsewhere.place(THERE, [Content("/a", "ab")], told)
+    assert raised.value.transient
+    assert mock_clock.current_time() == 4 * elsewhere.STALLED - 3
+
+
 async def test_an_unknown_machine_and_no_virsh_are_told(virsh, monkeypatch):
     virsh()
     assert "no machine for vax" in (await module.probe("vax", {})).reasons[0].text

@@ -119,6 +119,11 @@ async def require_library() -> None:
 # --- what stays there ---------------------------------------------------------------------------------------
 
 
+STALLED = 120.0
+"""Seconds without a word of an upload, after which it is given up. A word comes with every 64 KiB that went,
+but in the end a slow line may hold a megabyte. libvirt itself waits for ever for a host that is gone."""
+
+
 async def place(facts: Facts, contents: Sequence[Content], told: Told) -> None:
     """Brings these files into the pool, but for what is there already. Raises DriverError."""
     words = [word for content in contents for word in (content.path, f"{PREFIX}{content.digest}")]
@@ -132,16 +137,24 @@ async def place(facts: Facts, contents: Sequence[Content], told: Told) -> None:
         )
     async with output:
         try:
-            async for line in Lines(output):
-                if found := re.fullmatch(r"(\d+) (\d+|waiting) (\d+)", line):
-                    waiting = found[2] == "waiting"
-                    done = 0 if waiting else int(found[2])
-                    told(contents[int(found[1])], done, int(found[3]), waiting)
-                else:
-                    log.feed(f"{line}\n".encode())
-            code = await child.wait()
+            with trio.move_on_after(STALLED) as patience:
+                async for line in Lines(output):
+                    patience.deadline = trio.current_time() + STALLED
+                    if found := re.fullmatch(r"(\d+) (\d+|waiting) (\d+)", line):
+                        waiting = found[2] == "waiting"
+                        done = 0 if waiting else int(found[2])
+                        told(contents[int(found[1])], done, int(found[3]), waiting)
+                    else:
+                        log.feed(f"{line}\n".encode())
+                code = await child.wait()
         finally:
             await child.end()
+    if patience.cancelled_caught:
+        raise DriverError(
+            f"nothing more of the image went to {facts.elsewhere} within {STALLED:g} s",
+            hint=f"see that the host answers: virsh -c '{facts.uri}' version",
+            transient=True,
+        )
     if code:
         raise failure(
             f"the image cannot be put into the storage pool {facts.pool} on {facts.elsewhere}",
