@@ -572,18 +572,21 @@ async def test_an_upload_that_goes_on_is_waited_for_and_one_that_stalls_is_not(
     mock_clock, monkeypatch, tmp_path
 ):
     program = tmp_path / "streams"
-    program.write_text('#!/bin/sh\nfor n in 1 2 3 4; do echo "0 $n 9"; read -r line <$0.go; done\n')
+    program.write_text('#!/bin/sh\nexec <$0.go\nfor n in 1 2 3 4; do echo "0 $n 9"; read -r line; done\n')
     program.chmod(0o755)
     os.mkfifo(tmp_path / "streams.go")
+    # For both directions, so that neither side waits for the other to open it, or finds an end.
+    go = os.open(tmp_path / "streams.go", os.O_RDWR)
     monkeypatch.setattr(elsewhere, "STREAMS", (str(program),))
 
     def told(content, done, whole, waiting):
         mock_clock.jump(elsewhere.STALLED - 1 if done < 4 else elsewhere.STALLED)
         if done < 4:
-            (tmp_path / "streams.go").write_text("on\n")
+            os.write(go, b"on\n")
 
     with pytest.raises(DriverError, match="nothing more of the image went to other within 120 s") as raised:
         await elsewhere.place(THERE, [Content("/a", "ab")], told)
+    os.close(go)
     assert raised.value.transient
     assert mock_clock.current_time() == 4 * elsewhere.STALLED - 3
 

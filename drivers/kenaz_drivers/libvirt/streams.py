@@ -119,8 +119,8 @@ def put(
 
     The name says what the content is, so whoever writes there writes the same. The first piece that is not
     all zeros is written last: where it is there, all is; what an upload that broke off has left is none. One
-    that goes on is waited for. libvirt keeps nobody from a volume that is being written: it is the file's
-    time that tells, for as long as that moves, somebody is at it. Raises Failed.
+    that goes on is waited for. libvirt keeps nobody from a volume that is being written, but the
+    file's time tells: as long as it moves, somebody is at it. Raises Failed.
     """
     upload = _Upload(store, file, name, told, wait)
     for _ in range(_TRIES - 1):
@@ -153,6 +153,8 @@ class _Upload:
         if self._store.create(self._name, self._size):
             try:
                 self._bring()
+            except Gone:
+                raise
             except Failed:
                 if self._untouched():
                     self._store.delete(self._name)
