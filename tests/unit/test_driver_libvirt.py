@@ -215,10 +215,10 @@ def test_how_a_domain_ended(events, ended):
 
 def test_what_virsh_complains_of_comes_with_a_mend():
     said = "error: failed to connect to the hypervisor\nerror: Failed to connect socket to '/s': No such file"
-    error = failure("it does not answer", said)
+    error = failure("it does not answer", said, "qemu:///system")
     assert str(error) == "it does not answer: Failed to connect socket to '/s': No such file"
     assert error.hint.startswith("start libvirt's daemon")
-    assert str(failure("x", "")) == "x: virsh does not say why"
+    assert str(failure("x", "", "")) == "x: virsh does not say why"
 
 
 @pytest.mark.parametrize(

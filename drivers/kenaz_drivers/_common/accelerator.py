@@ -94,7 +94,7 @@ def cache_directory() -> Path:
         return Path(configured)
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("kenaz"))
+    return Path(platformdirs.user_cache_dir("kenaz", appauthor=False))
 
 
 class ProbeCache:

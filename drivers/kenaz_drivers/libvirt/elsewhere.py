@@ -21,7 +21,7 @@ from kenaz_drivers._common.process import Captured, capture, open_pipe, spawn
 from kenaz_drivers.contract import Content, DriverError
 from kenaz_drivers.libvirt.domain import PREFIX, Facts, Volume
 from kenaz_drivers.libvirt.lines import Lines
-from kenaz_drivers.libvirt.virsh import CALL_DEADLINE, call, environment, failed, failure
+from kenaz_drivers.libvirt.virsh import call, environment, failed, failure
 
 Told = Callable[[Content, int, int, bool], None]
 """As `Placing.place` has it."""
@@ -83,7 +83,7 @@ async def find_pool(virsh: str, uri: str, host: str, name: str) -> tuple[str, st
         raise failed(what, done, uri)
     if done.code:
         raise DriverError(
-            str(failure(what, done.text)),
+            str(failure(what, done.text, uri)),
             hint=f"virsh -c '{uri}' 'pool-define-as {name} dir --target DIRECTORY; pool-build {name}; "
             f"pool-start {name}', or driverOptions.libvirt.pool: NAME of another",
         )
@@ -159,6 +159,7 @@ async def place(facts: Facts, contents: Sequence[Content], told: Told) -> None:
         raise failure(
             f"the image cannot be put into the storage pool {facts.pool} on {facts.elsewhere}",
             "\n".join(log.lines()),
+            facts.uri,
         )
 
 
@@ -176,15 +177,16 @@ def creation(pool: str, volume: Volume, size: int) -> str:
 
 async def make_volumes(virsh: str, uri: str, pool: str, volumes: Sequence[Volume]) -> None:
     """Makes them. Raises DriverError; some may have been made by then."""
-    sizes = {volume: Path(volume.source).stat().st_size for volume in volumes if volume.source}
+    try:
+        sizes = {volume: Path(volume.source).stat().st_size for volume in volumes if volume.source}
+    except OSError as exc:
+        raise DriverError(f"{exc.filename}: {exc.strerror}") from exc
     made = "; ".join(creation(pool, volume, sizes.get(volume, volume.size)) for volume in volumes)
     filled = [("vol-upload", "--pool", pool, volume.name, volume.source) for volume in sizes]
     for words in ((made,), *filled):
         done = await call(virsh, uri, *words)
-        if done.code is None:
-            raise DriverError(f"no disk was made in the storage pool {pool} within {CALL_DEADLINE:g} s")
-        if done.code or "error: " in done.text:
-            raise failure(f"no disk can be made in the storage pool {pool}", done.text)
+        if done.code != 0 or "error: " in done.text:
+            raise failed(f"no disk can be made in the storage pool {pool}", done, uri)
 
 
 async def discard_volumes(virsh: str, uri: str, pool: str, names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import socket
@@ -251,8 +252,11 @@ def extents(file: int, size: int) -> Iterator[tuple[int, int]]:
         while reached < size:
             try:
                 start = os.lseek(file, reached, os.SEEK_DATA)
-            except OSError:  # holes up to the end
-                break
+            except OSError as exc:
+                if exc.errno == errno.ENXIO:  # holes up to the end
+                    break
+                yield 0, size  # a file system that does not tell
+                return
             end = os.lseek(file, start, os.SEEK_HOLE)
             if begun >= 0 and start - reached > GAP:
                 yield begun, reached

@@ -138,7 +138,7 @@ def errors(text: str) -> tuple[str, ...]:
     return tuple(line for line in lines if line and not line.startswith("failed to get domain"))
 
 
-def failure(what: str, text: str, uri: str = "") -> DriverError:
+def failure(what: str, text: str, uri: str) -> DriverError:
     """The error of a call to the virsh of that URI that said this."""
     said = errors(text)
     message = said[-1] if said else "virsh does not say why"
