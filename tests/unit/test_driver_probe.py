@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import stat
+import sys
 
 import pytest
 
@@ -303,6 +304,11 @@ def test_how_a_machine_ended(code, shutdown, log, clean, reason):
     assert (ended.clean, ended.reason, ended.code) == (clean, reason, code)
 
 
-def test_hints_come_from_what_qemu_says():
+def test_hints_come_from_what_qemu_says(monkeypatch):
     assert "accel: tcg" in hint_for(("x", "Could not access KVM kernel module: Permission denied"))
     assert hint_for(("all is well",)) == ""
+    said = (r"Could not open 'C:\Users\José\root.qcow2': Path not found.",)
+    assert hint_for(said) == ""
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "KENAZ_STATE_DIR" in hint_for(said)
+    assert hint_for((r"Could not open 'C:\Users\Jo\root.qcow2': Path not found.",)) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import ClassVar
@@ -59,6 +60,9 @@ _WORDS = {
 
 def hint_for(log: tuple[str, ...]) -> str:
     """What the user can do about a QEMU that said this and ended; empty when we do not know."""
+    if sys.platform == "win32" and any("Could not open" in line and not line.isascii() for line in log):
+        # Run under Wine with the code page 1252: QEMU 11 takes such a name for UTF-8, CreateFileA does not.
+        return "set KENAZ_STATE_DIR and KENAZ_CACHE_DIR to paths of ASCII: QEMU for Windows opens no others"
     return next((hint for said, hint in _HINTS if any(said in line for line in log)), "")
 
 
