@@ -13,6 +13,7 @@ import trio
 from kenaz_drivers.contract import Disk, DriverError, LaunchRequest
 from kenaz_drivers.hyperv import driver as module
 from kenaz_drivers.hyperv.driver import HypervDriver
+from kenaz_drivers.hyperv.scripts import script
 
 STANDIN = Path(__file__).parent / "standins/powershell.py"
 
@@ -140,6 +141,27 @@ async def test_a_machine_is_released_by_its_id_or_by_its_mark_alone(driver, plan
     async with driver.launch(plan, {}) as machine:
         await driver.release({"mark": plan.data["mark"], "powershell": plan.data["powershell"]})
         assert machines() == {}
+
+
+async def test_a_machine_that_may_not_be_seen_is_not_taken_for_removed(driver, plan_for, machines, tmp_path):
+    with pytest.raises(DriverError):
+        await plan_for("denied", transport="none")  # for its program alone
+    async with driver.launch(await plan_for(), {}) as machine:
+        denied = {**machine.handle, "powershell": str(tmp_path / "powershell-denied")}
+        with pytest.raises(DriverError, match="cannot be removed: You do not have the required") as caught:
+            await driver.release(denied)
+        assert "Hyper-V Administrators" in caught.value.hint
+        assert len(machines()) == 1
+
+
+async def test_an_error_that_is_silenced_still_ends_powershell_with_1(plan_for, tmp_path):
+    """Of the stand-in: what asks for a machine that may be gone has to expect it."""
+    await plan_for()
+    shell = module.PowerShell(str(tmp_path / "powershell-"))
+    ask = "Get-VM -Name 'gone' -ErrorAction SilentlyContinue"
+    with pytest.raises(DriverError, match="ended with code 1"):
+        await shell.run(script(ask), "it fails", 20)
+    await shell.run(script(ask, "Get-VM | Where-Object -Property Name -EQ -Value 'gone'"), "it works", 20)
 
 
 def plan_root(plan):

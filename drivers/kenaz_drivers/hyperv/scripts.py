@@ -125,9 +125,14 @@ def watch(machine: str) -> str:
 
 
 def remove(handle: str, *, by_name: bool = False) -> str:
-    """Cuts the power and removes the machine of that id, or of that name, if there is one. Its disks stay."""
-    key = f"-Name {quoted(handle)}" if by_name else f"-Id {quoted(_known(handle))}"
-    get = f"Get-VM {key} -ErrorAction SilentlyContinue"
+    """Cuts the power and removes the machine of that id, or of that name, if there is one. Its disks stay.
+
+    It is looked for among all: to ask for one that is gone is an error, and PowerShell ends with 1 after that
+    even where it is silenced (`_WriteErrorSkipAllowCheck` of its MshCommandRuntime; about_PowerShell_exe). To
+    silence it would also hide that machines may not be seen.
+    """
+    key = f"Name -EQ -Value {quoted(handle)}" if by_name else f"Id -EQ -Value {quoted(_known(handle))}"
+    get = f"Get-VM | Where-Object -Property {key}"
     return script(
         f"{get} | Stop-VM -TurnOff -Force -WarningAction SilentlyContinue",
         f"{get} | Remove-VM -Force",

@@ -4,9 +4,13 @@ quoting, holds each command to the parameters that Microsoft's reference has, an
     powershell.py [--trap=NAME] STATE -NoProfile -NonInteractive -Command SCRIPT
 
 Traps: `deaf` (the guest has no shut-down service), `half` (the machine is made, and then setting it up
-fails), `absent` (no such module), `unknown` (the port's service is not registered). COMMANDS is written from
-learn.microsoft.com/powershell/module/hyper-v, the pages of each name, view windowsserver2025-ps: for each
-command its parameter sets, as far as they can be meant here, where `!` marks what must be there.
+fails), `absent` (no such module), `unknown` (the port's service is not registered), `denied` (the user may
+not see machines). COMMANDS is written from learn.microsoft.com/powershell/module/hyper-v, the pages of each
+name, view windowsserver2025-ps: for each command its parameter sets, as far as they can be meant here, where
+`!` marks what must be there.
+
+It ends with 1 where the last statement had an error, silenced or not: by about_PowerShell_exe that is `$?`,
+and PowerShell's MshCommandRuntime notes the failure before it looks at what shall be done about it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 COMMON = {"ErrorAction", "WarningAction"}
-SWITCHES = {"Differencing", "StaticMemory", "TurnOff", "Force", "Compress"}
+SWITCHES = {"Differencing", "StaticMemory", "TurnOff", "Force", "Compress", "EQ"}
 ENUMS = {
     "Generation": {1, 2},
     "CheckpointType": {"Disabled", "Production", "ProductionOnly", "Standard"},
@@ -50,13 +54,19 @@ COMMANDS: dict[str, list[str]] = {
     "Get-VMNetworkAdapter": ["!VM Name IsLegacy"],
     "Remove-VMNetworkAdapter": ["!VMNetworkAdapter", "!VM Name"],
     "Get-VM": ["Name", "!Id"],
+    "Where-Object": ["!InputObject !Property !Value !EQ"],
     "Start-VM": ["!VM AsJob"],
     "Stop-VM": ["!VM Save TurnOff Force AsJob"],
     "Remove-VM": ["!VM Force AsJob"],
     "Start-Sleep": ["!Milliseconds"],
     "ConvertTo-Json": ["!InputObject Compress Depth"],
 }
-PIPED = {"Remove-VMNetworkAdapter": "VMNetworkAdapter", "Stop-VM": "VM", "Remove-VM": "VM"}
+PIPED = {
+    "Remove-VMNetworkAdapter": "VMNetworkAdapter",
+    "Stop-VM": "VM",
+    "Remove-VM": "VM",
+    "Where-Object": "InputObject",
+}
 PROLOGUE = [
     "$ErrorActionPreference = 'Stop'",
     "$ProgressPreference = 'SilentlyContinue'",
@@ -127,8 +137,10 @@ class Host:
         self.trap = trap
         self.vm: Any = None
         self.output: list[str] = []
+        self.failed = False  # what `$?` is not
 
     def run(self, statement: list[Token]) -> Any:
+        self.failed = False
         match statement:
             case [("word", "$vm"), ("mark", "="), *rest]:
                 self.vm = self.pipeline(rest)
@@ -152,24 +164,24 @@ class Host:
             self.release()
             time.sleep(0.05)
             self.acquire()
-            if self.get({"Id": get.split()[-1]})[0]["State"] == "Off":
+            [machine] = self.get_vm({"Id": get.split()[-1]})
+            if machine["State"] == "Off":
                 return
 
     def acquire(self) -> None:
-        fcntl.flock(FILE, fcntl.LOCK_EX)
-        FILE.seek(0)
+        fcntl.flock(LOCK, fcntl.LOCK_EX)
         self.state.clear()
-        self.state.update(json.loads(FILE.read() or "{}"))
+        self.state.update(json.loads(FILE.read_text() if FILE.exists() else "{}"))
 
     def release(self) -> None:
-        FILE.seek(0)
-        FILE.truncate()
-        FILE.write(json.dumps(self.state))
-        FILE.flush()
-        fcntl.flock(FILE, fcntl.LOCK_UN)
+        """Tests read the file without the lock: they see what was, or what is."""
+        scratch = FILE.with_suffix(".new")
+        scratch.write_text(json.dumps(self.state))
+        scratch.replace(FILE)
+        fcntl.flock(LOCK, fcntl.LOCK_UN)
 
     def pipeline(self, words: list[Token]) -> Any:
-        value: Any = None
+        """What comes out at its end: nothing, one, or a list."""
         stages: list[list[Token]] = [[]]
         depth = 0
         for token in words:
@@ -178,13 +190,12 @@ class Host:
                 stages.append([])
             else:
                 stages[-1].append(token)
-        for number, stage in enumerate(stages):
-            value = self.command(stage, value if number else None)
-            if value is None and number < len(stages) - 1:
-                return None
-        return value
+        values = self.command(stages[0], None)
+        for stage in stages[1:]:
+            values = [made for value in values for made in self.command(stage, value)]
+        return values[0] if len(values) == 1 else values or None
 
-    def command(self, words: list[Token], piped: Any) -> Any:
+    def command(self, words: list[Token], piped: Any) -> list[Any]:
         (kind, name), *rest = words
         if kind != "word" or name not in COMMANDS or self.trap == "absent":
             raise ScriptError(f"The term '{name}' is not recognized as the name of a cmdlet")
@@ -204,7 +215,8 @@ class Host:
             if parameter in ENUMS and given[parameter] not in ENUMS[parameter]:
                 raise ScriptError(f"Cannot bind parameter '{parameter}': '{given[parameter]}' is none of it.")
         self.check(name, given)
-        return getattr(self, name.replace("-", "_").lower())(given)
+        made = getattr(self, name.replace("-", "_").lower())(given)
+        return made if isinstance(made, list) else [made] if made is not None else []
 
     def check(self, name: str, given: dict[str, Any]) -> None:
         names = given.keys() - COMMON
@@ -278,18 +290,26 @@ class Host:
     def remove_vmnetworkadapter(self, given: dict[str, Any]) -> None:
         given["VMNetworkAdapter"]["adapters"] -= 1
 
-    def get(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+    def get_vm(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those asked for. To ask for one that is gone is an error; to find none among all is not."""
         found = [
             machine
             for machine in self.state.values()
-            if machine["Id"] == given.get("Id") or machine["Name"] == given.get("Name")
+            if all(machine[key] == given[key] for key in ("Id", "Name") if key in given)
         ]
-        if not found and given.get("ErrorAction") != "SilentlyContinue":
-            raise ScriptError("Hyper-V was unable to find a virtual machine.")
-        return found
+        error = ""
+        if self.trap == "denied":
+            error = "You do not have the required permission to complete this task."
+        elif not found and given.keys() & {"Id", "Name"}:
+            error = "Hyper-V was unable to find a virtual machine."
+        if error and given.get("ErrorAction") != "SilentlyContinue":
+            raise ScriptError(error)
+        self.failed = bool(error)
+        return [] if error else found
 
-    def get_vm(self, given: dict[str, Any]) -> dict[str, Any] | None:
-        return next(iter(self.get(given)), None)
+    def where_object(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        machine: dict[str, Any] = given["InputObject"]
+        return machine if machine[given["Property"]] == given["Value"] else None
 
     def start_vm(self, given: dict[str, Any]) -> None:
         given["VM"]["State"] = "Running"
@@ -315,17 +335,17 @@ if __name__ == "__main__":
     if LOOK.fullmatch(body):
         print(json.dumps({"module": chosen != "absent", "allowed": True, "registered": chosen != "unknown"}))
         sys.exit(0)
-    FILE = Path(file).open("a+")  # noqa: SIM115  # to the end of the process
+    FILE = Path(file)
+    LOCK = FILE.with_suffix(".lock").open("a")  # to the end of the process
     host = Host({}, chosen)
-    code = 0
     host.acquire()
     try:
         for statement in statements(body):
             host.run(statement)
     except ScriptError as error:
         print(f"{error}\nAt line:1 char:1", file=sys.stderr)
-        code = 1
+        host.failed = True
     finally:
         host.release()
     print("\n".join(host.output))
-    sys.exit(code)
+    sys.exit(host.failed)
