@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -74,6 +75,29 @@ async def test_a_base_is_the_image_as_vhdx_and_is_made_once(
     before = path.stat()
     assert await base_of(image, cache) == path
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+async def test_a_base_that_is_sparse_is_copied_into_one_that_is_not(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As QEMU for Windows makes it. Elsewhere a file has no such mark, but holes."""
+    monkeypatch.setattr(vhdx, "_attributes", lambda path: stat.FILE_ATTRIBUTE_SPARSE_FILE)
+    monkeypatch.setattr(vhdx, "_PIECE", 1 << 20)
+    path = await base_of(image_of(raw), tmp_path / "cache")
+    qemu_img("compare", "-f", "raw", "-F", "vhdx", raw, path)
+    status = path.stat()
+    assert status.st_blocks * 512 >= status.st_size
+    assert {found.suffix for found in path.parent.iterdir()} == {".vhdx", ".lock"}
+
+
+async def test_a_base_that_windows_compresses_or_encrypts_is_told(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = stat.FILE_ATTRIBUTE_COMPRESSED | stat.FILE_ATTRIBUTE_SPARSE_FILE
+    monkeypatch.setattr(vhdx, "_attributes", lambda path: told)
+    with pytest.raises(ImageError, match="is compressed, and Hyper-V takes no such disk"):
+        await base_of(image_of(raw), tmp_path / "cache")
+    assert {found.suffix for found in (tmp_path / "cache/vhdx").iterdir()} == {".lock"}
 
 
 async def test_a_disk_that_was_changed_is_another_and_the_old_one_goes_unless_it_is_used(

@@ -53,6 +53,7 @@ _HINTS = (
     ("required permission", "join the group Hyper-V Administrators, and sign in again"),
     ("not enough memory", "give the machine less memory"),
     ("being used by another process", "another machine uses this disk; end that one first"),
+    ("must not be sparse", "have Windows keep the disk's folder plainly: compact /u, cipher /d"),
 )
 
 

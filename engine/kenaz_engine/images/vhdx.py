@@ -1,14 +1,19 @@
 """What Hyper-V's disks begin as: an image's root disk as VHDX, which qemu-img makes once and sessions share.
 
 A differencing disk reads what its guest has not written from a base that must be VHDX and never change. It is
-kept in the cache beside the store, and goes when its image has gone.
+kept in the cache beside the store, and goes when its image has gone. Hyper-V takes no disk that is sparse,
+compressed or encrypted (its error 0xC03A001A), and QEMU for Windows makes each of its files a sparse one
+(`raw_co_create` of block/file-win32.c).
 """
 
 from __future__ import annotations
 
 import hashlib
+import stat
 from contextlib import suppress
 from pathlib import Path
+
+import trio
 
 from kenaz_drivers.contract import DriverError
 from kenaz_drivers.host import capture, find_qemu_img
@@ -23,6 +28,11 @@ DIRECTORY = "vhdx"
 
 CONVERSION = 1500.0
 """Seconds that a conversion may take: it writes all of the disk."""
+
+_PIECE = 16 << 20  # bytes copied at once, after which a cancel is heard
+
+_INHERITED = {stat.FILE_ATTRIBUTE_COMPRESSED: "compressed", stat.FILE_ATTRIBUTE_ENCRYPTED: "encrypted"}
+"""What a file is because its directory is."""
 
 
 def base_path(image: Image, cache: Path) -> Path:
@@ -61,7 +71,7 @@ async def _convert(image: Image, path: Path) -> None:
     program = find_qemu_img()
     if not program:
         raise ImageError("there is no qemu-img, which makes VHDX of disks", "install QEMU")
-    scratch = path.with_suffix(".part")  # one at a time: the lock is ours
+    scratch, whole = path.with_suffix(".part"), path.with_suffix(".whole")  # one at a time: the lock is ours
     argv = [program, "convert", "-f", image.root_format, "-O", "vhdx", "-o", "subformat=dynamic"]
     try:
         made = await capture([*argv, str(image.root), str(scratch)], deadline=CONVERSION)
@@ -70,11 +80,35 @@ async def _convert(image: Image, path: Path) -> None:
             raise ImageError(
                 f"{image.root} cannot be made VHDX: {said[0]}", "free some space, or see qemu-img"
             )
-        scratch.replace(path)
+        attributes = _attributes(scratch)
+        if wrong := [word for bit, word in _INHERITED.items() if attributes & bit]:
+            raise ImageError(
+                f"what is made in {path.parent} is {' and '.join(wrong)}, and Hyper-V takes no such disk",
+                "have Windows keep it plainly: compact /u, cipher /d; or set KENAZ_CACHE_DIR",
+            )
+        if attributes & stat.FILE_ATTRIBUTE_SPARSE_FILE:
+            await _copy(scratch, whole)
+            whole.replace(path)
+        else:
+            scratch.replace(path)
     except DriverError as exc:
         raise ImageError(str(exc), exc.hint) from exc
     finally:
         scratch.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
+
+
+def _attributes(path: Path) -> int:
+    """Those of Windows; none elsewhere."""
+    return getattr(path.stat(), "st_file_attributes", 0)
+
+
+async def _copy(scratch: Path, whole: Path) -> None:
+    """The same bytes as a file without holes. The mark alone could be taken off by FSCTL_SET_SPARSE, but not
+    on each file system, and nobody here can see it done."""
+    with scratch.open("rb") as source, whole.open("wb") as target:
+        while piece := await trio.to_thread.run_sync(source.read, _PIECE):
+            await trio.to_thread.run_sync(target.write, piece)
 
 
 def orphans(store: Store) -> list[Path]:
