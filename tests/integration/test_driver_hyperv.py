@@ -143,6 +143,11 @@ async def test_a_machine_is_released_by_its_id_or_by_its_mark_alone(driver, plan
         assert machines() == {}
 
 
+async def test_what_powershell_says_before_its_answer_is_not_taken_for_it(driver, plan_for, machines):
+    async with driver.launch(await plan_for("chatty"), {}) as machine:
+        assert list(machines()) == [machine.handle["vm"]]
+
+
 async def test_a_machine_that_may_not_be_seen_is_not_taken_for_removed(driver, plan_for, machines, tmp_path):
     with pytest.raises(DriverError):
         await plan_for("denied", transport="none")  # for its program alone

@@ -210,7 +210,7 @@ class HypervDriver:
             said = await PowerShell(program).run(
                 scripts.look(DEFAULT_PORT), "PowerShell cannot be asked", QUESTION_DEADLINE
             )
-            reasons = _reasons(json.loads(said), find_qemu_img())
+            reasons = _reasons(_answer(said), find_qemu_img())
         except (DriverError, ValueError, LookupError, TypeError) as error:
             reasons = (Reason(False, str(error), getattr(error, "hint", "") or "repair PowerShell"),)
         usable = all(reason.ok for reason in reasons if not reason.transport)
@@ -253,7 +253,7 @@ class HypervDriver:
         name = scripts.machine_name(str(plan.data["mark"]))
         try:
             said = await shell.run(plan.argv[-1], "the machine cannot be made", MAKE_DEADLINE)
-            made = str(json.loads(said)["id"]).lower()
+            made = str(_answer(said)["id"]).lower()
             removal = scripts.remove(made)
         except BaseException as error:
             # Half of it may be there, under the name that was chosen for it.
@@ -281,6 +281,11 @@ class HypervDriver:
         else:
             removal = scripts.remove(scripts.machine_name(str(handle["mark"])), by_name=True)
         await PowerShell(program).run(removal, "the machine cannot be removed", REMOVE_DEADLINE)
+
+
+def _answer(said: str) -> Any:
+    """The JSON that a script ends with: PowerShell may have said something before it. Raises ValueError."""
+    return json.loads(said.strip().rpartition("\n")[2])
 
 
 def _reasons(seen: Mapping[str, Any], qemu_img: str) -> tuple[Reason, ...]:

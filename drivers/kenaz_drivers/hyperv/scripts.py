@@ -37,6 +37,7 @@ _MARK = re.compile(r"[a-z0-9][a-z0-9-]{0,93}")
 _PROLOGUE = (
     "$ErrorActionPreference = 'Stop'",
     "$ProgressPreference = 'SilentlyContinue'",
+    "$WarningPreference = 'SilentlyContinue'",
     "[Console]::OutputEncoding = [Text.UTF8Encoding]::new($false)",
 )
 
@@ -134,7 +135,7 @@ def remove(handle: str, *, by_name: bool = False) -> str:
     key = f"Name -EQ -Value {quoted(handle)}" if by_name else f"Id -EQ -Value {quoted(_known(handle))}"
     get = f"Get-VM | Where-Object -Property {key}"
     return script(
-        f"{get} | Stop-VM -TurnOff -Force -WarningAction SilentlyContinue",
+        f"{get} | Stop-VM -TurnOff -Force",
         f"{get} | Remove-VM -Force",
     )
 

@@ -5,9 +5,9 @@ quoting, holds each command to the parameters that Microsoft's reference has, an
 
 Traps: `deaf` (the guest has no shut-down service), `half` (the machine is made, and then setting it up
 fails), `absent` (no such module), `unknown` (the port's service is not registered), `denied` (the user may
-not see machines). COMMANDS is written from learn.microsoft.com/powershell/module/hyper-v, the pages of each
-name, view windowsserver2025-ps: for each command its parameter sets, as far as they can be meant here, where
-`!` marks what must be there.
+not see machines), `chatty` (something is said before any answer). COMMANDS is written from
+learn.microsoft.com/powershell/module/hyper-v, the pages of each name, view windowsserver2025-ps: for each
+command its parameter sets, as far as they can be meant here, where `!` marks what must be there.
 
 It ends with 1 where the last statement had an error, silenced or not: by about_PowerShell_exe that is `$?`,
 and PowerShell's MshCommandRuntime notes the failure before it looks at what shall be done about it.
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-COMMON = {"ErrorAction", "WarningAction"}
+COMMON = {"ErrorAction"}
 SWITCHES = {"Differencing", "StaticMemory", "TurnOff", "Force", "Compress", "EQ"}
 ENUMS = {
     "Generation": {1, 2},
@@ -34,7 +34,6 @@ ENUMS = {
     "AutomaticStopAction": {"TurnOff", "Save", "ShutDown"},
     "EnableSecureBoot": {"On", "Off"},
     "ErrorAction": {"SilentlyContinue", "Stop"},
-    "WarningAction": {"SilentlyContinue"},
     "SecureBootTemplate": {"MicrosoftWindows", "MicrosoftUEFICertificateAuthority", "OpenSourceShieldedVM"},
     "Number": {1, 2},
 }
@@ -70,6 +69,7 @@ PIPED = {
 PROLOGUE = [
     "$ErrorActionPreference = 'Stop'",
     "$ProgressPreference = 'SilentlyContinue'",
+    "$WarningPreference = 'SilentlyContinue'",
     "[Console]::OutputEncoding = [Text.UTF8Encoding]::new($false)",
 ]
 QUOTES = "'\u2018\u2019\u201a\u201b"
@@ -330,8 +330,10 @@ if __name__ == "__main__":
     chosen = words.pop(0).partition("=")[2] if words[0].startswith("--trap=") else ""
     file, *options, text = words
     assert options == ["-NoProfile", "-NonInteractive", "-Command"], options
-    assert text.split("\n")[:3] == PROLOGUE
-    body = "\n".join(text.split("\n")[3:])
+    assert text.split("\n")[: len(PROLOGUE)] == PROLOGUE
+    body = "\n".join(text.split("\n")[len(PROLOGUE) :])
+    if chosen == "chatty":
+        print("WARNING: a {new} version is available\n")
     if LOOK.fullmatch(body):
         print(json.dumps({"module": chosen != "absent", "allowed": True, "registered": chosen != "unknown"}))
         sys.exit(0)
