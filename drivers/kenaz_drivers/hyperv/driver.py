@@ -20,8 +20,10 @@ from typing import Any, ClassVar
 import trio
 
 from kenaz_drivers._common.background import Background, open_background
+from kenaz_drivers._common.output import Console
 from kenaz_drivers._common.process import capture
 from kenaz_drivers._common.qemu_img import find_qemu_img
+from kenaz_drivers._common.winpipes import open_named
 from kenaz_drivers.contract import (
     Capabilities,
     DriverError,
@@ -147,24 +149,20 @@ class HypervMachine:
         return self._read_console()
 
     async def _read_console(self) -> AsyncIterator[bytes]:
-        """Reads COM1, a thread waiting for each piece; nothing where the pipe cannot be had."""
+        """Reads COM1; nothing where the pipe cannot be had."""
         await self._started.wait()
         pipe = await self._open_console()
-        if pipe is None:
-            return
-        try:
-            while data := await trio.to_thread.run_sync(pipe.read, 4096, abandon_on_cancel=True):
-                yield data
-        except OSError:  # the machine is off
-            return
-        finally:
-            pipe.close()
+        if pipe is not None:
+            async with pipe:
+                async for data in Console(pipe):
+                    yield data
 
-    async def _open_console(self) -> Any:
+    async def _open_console(self) -> trio.abc.ReceiveStream | None:
         with trio.move_on_after(CONSOLE_PATIENCE):
             while not self._gone.is_set():
-                with contextlib.suppress(OSError):
-                    return Path(self._data["console"]).open("rb", buffering=0)  # noqa: ASYNC230  # a pipe
+                # A DriverError where this is not Windows, and its PowerShell is told by a path: WSL.
+                with contextlib.suppress(OSError, DriverError):
+                    return open_named(self._data["console"])
                 await trio.sleep(CONSOLE_PAUSE)
         return None
 
