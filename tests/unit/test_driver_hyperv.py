@@ -62,3 +62,18 @@ async def test_a_console_that_says_nothing_can_be_left(
     assert (opened, seen) == ([DATA["console"]] * 2, b"Linux")
     with pytest.raises(trio.BrokenResourceError):
         await theirs.send_all(b"more")
+
+
+async def test_the_button_is_pressed_again_only_when_the_last_press_is_over() -> None:
+    shell = Shell("the guest shuts not down")
+    async with open_background() as background:
+        machine = HypervMachine(shell, VM, DATA, background)
+        for _ in range(2):
+            await machine.powerdown()
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(shell.asked) == 1
+        shell.done.set()
+        await trio.testing.wait_all_tasks_blocked()
+        await machine.powerdown()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(shell.asked) == 2

@@ -95,6 +95,7 @@ class HypervMachine:
         self._data = data
         self._background = background
         self._cut = False
+        self._pressed = False
         self._exit: Exit | None = None
         self._gone = trio.Event()
         self._started = trio.Event()
@@ -130,12 +131,16 @@ class HypervMachine:
 
     async def powerdown(self) -> None:
         await trio.lowlevel.checkpoint()
-        # It is done when the guest is; a guest without the service shows by its deadline.
-        self._background.start_soon(self._shut_down)
+        # It is done when the guest is; a guest without the service shows by its deadline. To press again
+        # meanwhile would start another PowerShell, only for Hyper-V to refuse it.
+        if not self._pressed:
+            self._pressed = True
+            self._background.start_soon(self._shut_down)
 
     async def _shut_down(self) -> None:
         with contextlib.suppress(DriverError):
             await self._shell.run(scripts.shut_down(self._machine), "the guest shuts not down", math.inf)
+        self._pressed = False
 
     async def kill(self) -> None:
         with trio.CancelScope(shield=True):
