@@ -211,7 +211,7 @@ def test_a_real_qemu_of_windows_boots_the_demo_image(windows: Windows) -> None:
     [machine] = [r["handle"] for r in records if r["kind"] == "acquired" and r["resource"] == "vm"]
     assert peer == f"process {machine['pid']}"  # known by whose connection it was
     [ended] = [r for r in records if r["kind"] == "event" and r["type"] == "vm.exited"]
-    assert ended["data"]["clean"]
+    assert ended["data"]["clean"], ended
 
 
 OVERLAYS = """

@@ -34,7 +34,7 @@ GREETING_DEADLINE = 20.0
 COMMAND_DEADLINE = 5.0
 QUIT_GRACE = 0.5
 TERM_GRACE = 0.5
-DRAIN_GRACE = 1.0
+DRAIN_GRACE = 3.0
 """Seconds for the last events and lines of a QEMU that has ended to be read."""
 
 # What QEMU says, and what its user can do.
