@@ -576,9 +576,9 @@ def test_a_wall_clock_that_steps_changes_no_deadline_and_no_order(world, wall_cl
     assert min(steps) < -29 * YEARS
     times = [record["t"] for record in records]
     assert times == sorted(times)
-    assert 3 <= records[-1]["seconds"] <= took
+    assert 7 <= records[-1]["seconds"] <= took
     waited = {r["state"]: r["t"] for r in records if r["kind"] == "entered"}
-    assert 2 <= waited["stopping"] - waited["draining"] < 60
+    assert 2 <= waited["stopping"] - waited["draining"] < 10
     # It began ten years and more after what is now.
     [shown] = json.loads(command(world, "ps", "--all", "--json").stdout)
     assert (shown["status"], shown["age"]) == ("ended", 0)

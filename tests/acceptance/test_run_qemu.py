@@ -86,7 +86,7 @@ def test_what_a_guest_writes_is_gone_in_the_next_session(tmp_path: Path) -> None
         assert session.left() == set()
 
 
-def test_a_panic_fails_at_its_line(tmp_path: Path) -> None:
+def test_a_panic_fails_within_a_second_of_its_line(tmp_path: Path) -> None:
     session = Session(tmp_path, "panic")
     done = session.run()
     assert done.returncode == 1
@@ -96,7 +96,7 @@ def test_a_panic_fails_at_its_line(tmp_path: Path) -> None:
     [alarm] = [r for r in records if r["kind"] == "event" and r["type"] == "guest.panic"]
     assert alarm["data"]["pattern"] == "guest.panic"
     killing = next(r for r in records if r["kind"] == "entered" and r["state"] == "killing")
-    assert killing["t"] - alarm["t"] < 30  # and not `connecting`'s 450
+    assert killing["t"] - alarm["t"] < 1
     assert session.left() == set()
 
 

@@ -313,4 +313,4 @@ def test_a_crash_is_lived_with_and_a_service_that_refuses_to_stop_is_cut_off(
     assert path[-6:] == ["reconnecting", "running", "draining", "stopping", "killing", "releasing"]
     assert "! guest did not power off" in out
     entered = {r["state"]: r["t"] for r in world.records("s1") if r["kind"] == "entered"}
-    assert 15 <= entered["killing"] - entered["stopping"] < 60
+    assert 15 <= entered["killing"] - entered["stopping"] < 17

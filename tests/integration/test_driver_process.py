@@ -83,7 +83,7 @@ async def test_an_escaped_child_that_holds_the_console_does_not_hold_us(driver, 
         started = time.monotonic()
         await machine.wait()
         assert [data async for data in machine.console()] == []
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 5
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 

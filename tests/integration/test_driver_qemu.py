@@ -141,7 +141,9 @@ async def test_a_guest_that_hangs_is_killed_and_killing_twice_is_once(driver, pl
     async with driver.launch(plan_for("hang"), {}) as machine:
         await machine.ready()
         await machine.powerdown()
+        started = time.monotonic()
         await machine.kill()
+        assert time.monotonic() - started < 5  # what the lifecycles give to `killing`
         await machine.kill()
         assert (await machine.wait()).reason == "host-qmp-quit: the launcher ended QEMU"
         assert not (await machine.wait()).clean

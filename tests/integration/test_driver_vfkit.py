@@ -112,7 +112,7 @@ async def test_the_power_is_cut_in_time_whatever_vfkit_does(driver, plan_for, tr
             await machine.ready()
         started = time.monotonic()
         await machine.kill()
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 5  # what the lifecycles give to `killing`
         ended = await machine.wait()
         # On a busy host each step may come before the one before it has been heard.
         assert not ended.clean

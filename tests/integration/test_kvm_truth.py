@@ -9,14 +9,19 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
 
 from kenaz_drivers._common import accelerator
+from kenaz_drivers.contract import Capabilities
 from kenaz_drivers.qemu import probe as module
+
+T = TypeVar("T")
 
 BOUND = 3.0
 """Seconds in which a user has his answer, with QEMU asked about itself besides."""
@@ -44,6 +49,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache/probe/qemu-x86_64.json"
 
 
+async def in_time(ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer that comes within BOUND. Other tests may have the processors, so one of four has to."""
+    for _ in range(4):
+        started = time.monotonic()
+        answer = await ask()
+        if time.monotonic() - started < BOUND:
+            return answer
+    raise AssertionError(f"no answer within {BOUND:g} s")
+
+
 def running(mark: Path) -> list[str]:
     """The processes that have that path in their command line: the probe's guest has its firmware there."""
     found = []
@@ -60,13 +75,11 @@ def running(mark: Path) -> list[str]:
 async def test_the_verdict_comes_in_time_is_kept_for_this_boot_and_leaves_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    took: list[float] = []
-    while not took or (took[-1] >= BOUND and len(took) < 4):  # other tests may have the processors
+    async def anew() -> Capabilities:
         cache.unlink(missing_ok=True)
-        started = time.monotonic()
-        found = await module.probe("x86_64", {})
-        took.append(time.monotonic() - started)
-    assert took[-1] < BOUND, took
+        return await module.probe("x86_64", {})
+
+    found = await in_time(anew)
     assert found.usable
     told = [reason for reason in found.reasons if "KVM" in reason.text]
     assert len(told) == 1
@@ -105,15 +118,12 @@ async def test_a_guest_that_never_ends_is_not_waited_for_and_not_left(
         "x86_64",
         replace(accelerator.PROBE_GUESTS["x86_64"], firmware=bytes(0xFFF0) + b"\xeb\xfe" + bytes(14)),
     )
-    started = time.monotonic()
+    binary = shutil.which("qemu-system-x86_64") or ""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look)
-        verdict = await accelerator.run_guest(
-            shutil.which("qemu-system-x86_64") or "", "x86_64", "tcg", "max"
-        )
+        verdict = await in_time(lambda: accelerator.run_guest(binary, "x86_64", "tcg", "max"))
         nursery.cancel_scope.cancel()
     assert seen  # there was something to leave
-    assert accelerator.GUEST_DEADLINE <= time.monotonic() - started < 10 * BOUND
     assert not verdict.works
     assert "not done after 2 s" in verdict.text
     assert running(tmp_path) == []
