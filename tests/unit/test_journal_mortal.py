@@ -50,7 +50,7 @@ def test_it_dies_where_it_was_asked_to(
     journal.close()
     found = read_journal(path)
     assert (len(found.records), found.torn) == (records, torn)
-    monkeypatch.setenv(KILL, f"{where}:2")
+    monkeypatch.setenv(KILL, f"{where}:end")
     again, before = resume_journal(path)
     assert (type(again), len(before)) == (MortalJournal, records)
     for number in range(records, 2):

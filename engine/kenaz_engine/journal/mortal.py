@@ -1,8 +1,8 @@
 """For tests: a journal at one of whose records the process dies, as it would by `kill -9`.
 
 `KENAZ_TEST_KILL=before:N` kills before the record with `seq` N is written, `torn:N` when half of its line is,
-`after:N` when it is written and, where it is durable, on the disk. Without that variable nothing of this is
-imported.
+`after:N` when it is written and, where it is durable, on the disk. With the word `end` for N it is the last
+record, whose number is not the same in all sessions. Without that variable nothing of this is imported.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class MortalJournal(Journal):
 
     def append(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Writes one record, or dies about it."""
-        where, number = _asked()
-        dies = self._seq == number
+        where, which = _asked()
+        dies = which in (str(self._seq), kind)
         if dies and where == "before":
             _die()
         self._torn = dies and where == "torn"
@@ -40,11 +40,11 @@ class MortalJournal(Journal):
         super()._write(line)
 
 
-def _asked() -> tuple[str, int]:
-    where, _, number = os.environ[KILL].partition(":")
-    if where not in WHERE or not number.isdecimal():
-        raise ValueError(f"{KILL} must be one of {', '.join(f'{word}:N' for word in WHERE)}")
-    return where, int(number)
+def _asked() -> tuple[str, str]:
+    where, _, which = os.environ[KILL].partition(":")
+    if where not in WHERE or not (which.isdecimal() or which == "end"):
+        raise ValueError(f"{KILL} must be one of {', '.join(f'{word}:N' for word in WHERE)}; N may be `end`")
+    return where, which
 
 
 def _die() -> NoReturn:
