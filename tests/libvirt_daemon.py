@@ -72,11 +72,12 @@ OURS = ("KENAZ_CACHE_DIR", "KENAZ_STATE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME"
 """What names directories of ours."""
 
 
-def free_port() -> int:
-    with socket.socket() as probing:
-        probing.bind(("127.0.0.1", 0))
-        port: int = probing.getsockname()[1]
-        return port
+def hold_port() -> tuple[socket.socket, int]:
+    """A port that nobody else is given meanwhile; libvirt may listen there, for it shares addresses, too."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held, held.getsockname()[1]
 
 
 def command(directory: Path, kind: str, port: int) -> tuple[list[str], dict[str, str], Path]:
@@ -134,7 +135,7 @@ def reap(child: int, ended: threading.Event) -> None:
 
 def main(directory: Path, kind: str) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    port = free_port()
+    held, port = hold_port()
     argv, environment, path = command(directory, kind, port)
     with (directory / "log").open("wb") as log:
         daemon = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -148,6 +149,7 @@ def main(directory: Path, kind: str) -> int:
         time.sleep(0.05)
     print(f"ready {daemon.pid} {path} {port}", flush=True)
     sys.stdin.read()
+    held.close()
     daemon.terminate()
     ended.wait(10)
     for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):

@@ -42,7 +42,7 @@ def emulator_of(handle):
 
 
 async def ended(machine):
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         return await machine.wait()
 
 

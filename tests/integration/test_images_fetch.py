@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import lzma
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from kenaz_engine.images.store import Store
 from kenaz_engine.images.transfer import Notice, Patience, Progress
 
 PATIENCE = Patience(connect=5.0, window=20.0, least=32 << 10)
-HASTY = Patience(connect=5.0, window=1.0, least=32 << 10)
+HASTY = Patience(connect=5.0, window=3.0, least=32 << 10)
 ROOT = bytes(range(256)) * 12_000
 SHA = hashlib.sha256(ROOT).hexdigest()
 
@@ -220,7 +221,7 @@ async def test_a_server_that_stalls_is_left(one: Any, fetch: Fetch) -> None:
 async def test_a_server_that_trickles_is_taken_for_stalled(one: Any, fetch: Fetch) -> None:
     one.faults["root"] = [{"trickle": 0.01}, {"stall": 0}]
     error = await fetch.refused(patience=HASTY)
-    assert "stalled: less than 32768 bytes in 1 s" in " ".join([str(error), *fetch.notices])
+    assert "stalled: less than 32768 bytes in 3 s" in " ".join([str(error), *fetch.notices])
 
 
 @pytest.mark.parametrize(
@@ -567,12 +568,14 @@ async def test_without_a_network_what_is_here_is_used_and_its_age_is_said(
     write_catalog(fetch, rolling, signer, "always")
     offline = await fetch.ensure(offline=True)
     offline.held.close()
-    assert offline.notes == ("offline: image sigil was last known to be current 0 seconds ago",)
+    [note] = offline.notes
+    assert re.fullmatch(r"offline: image sigil was last known to be current \d+ seconds ago", note)
     requests(rolling)
     rolling.faults["image.json"] = [{"status": 503}]
     down = await fetch.ensure()
     down.held.close()
-    assert "status 503: using what is here, last known to be current 0 seconds ago" in down.notes[0]
+    said = r"status 503: using what is here, last known to be current \d+ seconds ago"
+    assert re.search(said, down.notes[0])
 
 
 async def test_a_manifest_that_is_not_signed_right_stops_everything(

@@ -58,7 +58,7 @@ def nginx(tmp_path: Path) -> Iterator[str]:
     user = "user root;" if os.getuid() == 0 else ""
     (tmp_path / "conf").write_text(CONFIG.format(base=tmp_path, port=port, user=user))
     with subprocess.Popen([binary, "-p", tmp_path, "-c", tmp_path / "conf"]) as server:
-        for _ in range(500):
+        for _ in range(3000):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break

@@ -57,10 +57,10 @@ def registry(tmp_path: Path) -> Iterator[str]:
 
 def push(registry: str, name: str, content: bytes) -> str:
     """As a client does it: where to, then the blob. Returns the blob's URL."""
-    begun = httpx.post(f"{registry}{name}/blobs/uploads/")
+    begun = httpx.post(f"{registry}{name}/blobs/uploads/", timeout=60)
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     where = httpx.URL(begun.headers["location"]).copy_merge_params({"digest": digest})
-    put = httpx.put(where, content=content)
+    put = httpx.put(where, content=content, timeout=60)
     assert put.status_code == 201
     return f"{registry}{name}/blobs/{digest}"
 

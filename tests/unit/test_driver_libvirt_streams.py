@@ -13,21 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kenaz_drivers.libvirt import streams
-from kenaz_drivers.libvirt.streams import (
-    GAP,
-    HELD,
-    PIECE,
-    POLL,
-    STILL,
-    Busy,
-    Carrier,
-    Failed,
-    Gone,
-    extents,
-    main,
-    put,
-)
+from kenaz_drivers.libvirt.streams import library
+from kenaz_drivers.libvirt.streams.carrier import HELD, Carrier
+from kenaz_drivers.libvirt.streams.program import main
+from kenaz_drivers.libvirt.streams.store import PIECE, Busy, Failed, Gone
+from kenaz_drivers.libvirt.streams.upload import GAP, POLL, STILL, extents, put
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="UNIX sockets")
 
@@ -340,7 +330,7 @@ def test_what_libvirt_says_is_told(monkeypatch, capsys):
 
     class Refusing:
         def __init__(self):
-            for name in streams._CALLS:
+            for name in library._CALLS:
                 setattr(self, name, self._function(name))
 
         @staticmethod
@@ -356,7 +346,7 @@ def test_what_libvirt_says_is_told(monkeypatch, capsys):
             return function
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing())
-    monkeypatch.setattr(streams, "_credentials", lambda library: "as virsh does")
+    monkeypatch.setattr(library, "_credentials", lambda _: "as virsh does")
     assert main([]) == 0
     assert main(["qemu+tcp://nowhere/system", "upload", "default", "/f", "n"]) == 1
     assert main(["qemu+tcp://nowhere/system", "console", "uuid", "/s"]) == 1

@@ -26,8 +26,8 @@ from kenaz_drivers.libvirt.virsh import call, environment, failed, failure
 Told = Callable[[Content, int, int, bool], None]
 """As `Placing.place` has it."""
 
-STREAMS = (sys.executable, "-I", "-S", str(Path(__file__).with_name("streams.py")))
-"""The program that carries what virsh does not; see there."""
+STREAMS = (sys.executable, "-I", "-S", str(Path(__file__).parent / "streams" / "__main__.py"))
+"""The program that carries what virsh does not; see `streams.program`."""
 
 LOAD_DEADLINE = 5.0
 """Seconds for that program to find libvirt's library. It takes 0.1."""

@@ -413,7 +413,7 @@ class Activities:
             try:
                 await machine.powerdown()
             except DriverError:
-                await unless_exiting(self._machine_exited)
+                await unless_exiting(self._machine_exited, PRESS_AGAIN)
                 raise
             with trio.move_on_after(PRESS_AGAIN):
                 await machine.wait()

@@ -26,10 +26,10 @@ def unwatched(seen: Progress | Notice) -> None:
     """A fetch that nobody watches."""
 
 
-async def unless_exiting(machine_exited: trio.Event) -> None:
+async def unless_exiting(machine_exited: trio.Event, grace: float = EXIT_GRACE) -> None:
     """The streams of a machine that ends break first. Its end is what happened, and is put elsewhere: then
     this never returns."""
-    with trio.move_on_after(EXIT_GRACE):
+    with trio.move_on_after(grace):
         await machine_exited.wait()
     if machine_exited.is_set():
         await trio.sleep_forever()
