@@ -23,8 +23,8 @@ REQUIRE_ALL = os.environ.get("KENAZ_REQUIRE_ALL") == "1"
 collect_ignore = ["acceptance/example_repo", "acceptance/example_driver"]
 """Somebody else's repositories, as it were: acceptance tests run them where they belong, outside of ours."""
 
-# A busy machine is no defect of the code: nothing here depends on time. `make test` tries the same each time,
-# `make test-all` looks where nobody has looked yet.
+# A busy machine is no defect of the code: nothing here depends on time. `make test` tries much the same each
+# time, `make test-all` looks where nobody has looked yet.
 settings.register_profile(
     "short",
     deadline=None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from kenaz_drivers._common.accelerator import run_guest
 from kenaz_drivers.contract import Capabilities, Content, Disk, DriverError, Exit, LaunchRequest
 from kenaz_drivers.libvirt import elsewhere
 from kenaz_drivers.libvirt import probe as module
@@ -300,6 +301,7 @@ def virsh(tmp_path, monkeypatch):
     opened = module.Verdict(True, "/dev/kvm opens")
     missing = module.Verdict(False, "there is no /dev/vhost-vsock", "load the module vhost_vsock")
     monkeypatch.setattr(module, "open_device", lambda path, module: missing if "vsock" in path else opened)
+    monkeypatch.setattr(module, "run_guest", partial(run_guest, deadline=60.0))  # a busy host has to start it
 
     def make(answer=None, host=HERE, kinds="qemu kvm", guest="exit 33"):
         qemu = tmp_path / "qemu"

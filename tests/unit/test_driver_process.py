@@ -25,6 +25,9 @@ SLEEP = ("sleep", "600")
 PATIENCE = 30.0
 """Seconds a wait may take on a busy host."""
 
+OURS = f"m-{os.getpid()}-"
+"""How marks begin here: who runs these tests at the same time has others, or they would end each other's."""
+
 
 async def exec_done(child, name="sleep"):
     """Returns when the guard has become the program."""
@@ -106,7 +109,7 @@ async def test_limits_and_the_bar_on_privileges_reach_the_program():
 
 
 async def test_a_program_that_does_not_exist_is_code_127_with_a_reason():
-    captured = await capture(["/no/such/program"], deadline=5)
+    captured = await capture(["/no/such/program"], deadline=PATIENCE)
     assert captured.code == guard.NOT_STARTED
     assert captured.text == "cannot start /no/such/program: No such file or directory\n"
 
@@ -267,23 +270,35 @@ async def test_alone_means_that_process_only(tmp_path):
             await trio.sleep(0.01)
 
 
+async def settled(handle, mark):
+    """Returns when that process has become `sleep`. In the midst of an exec it has no environment."""
+    place = Path(f"/proc/{handle['pid']}")
+    with trio.fail_after(PATIENCE):
+        while not (
+            (place / "comm").read_text().strip() == "sleep"
+            and f"{MARK}={mark}".encode() in (place / "environ").read_bytes().split(b"\0")
+        ):
+            await trio.sleep(0.005)
+
+
 @pytest.mark.parametrize("leader", ["lives", "is gone", "was never known"])
 async def test_what_left_its_leader_is_found_by_its_mark(tmp_path, leader):
     script = f"setsid sh -c 'echo $$ > {tmp_path}/far; exec sleep 600' & wait"
-    child = spawn(["sh", "-c", script], env={**os.environ, MARK: "m-1"})
-    other = spawn(SLEEP, env={**os.environ, MARK: "m-12"})
+    child = spawn(["sh", "-c", script], env={**os.environ, MARK: f"{OURS}1"})
+    other = spawn(SLEEP, env={**os.environ, MARK: f"{OURS}12"})
     try:
         far = await number_in(tmp_path / "far")
-        assert child.handle["mark"] == "m-1"
+        assert child.handle["mark"] == f"{OURS}1"
         with trio.fail_after(PATIENCE):
             while os.getsid(far["pid"]) != far["pid"]:  # its number is told before it leaves
                 await trio.sleep(0.005)
+        await settled(far, f"{OURS}1")
         if leader == "is gone":
             await child.end()
             assert is_alive(far)
-        await terminate({"mark": "m-1"} if leader == "was never known" else child.handle)
+        await terminate({"mark": f"{OURS}1"} if leader == "was never known" else child.handle)
         assert (is_alive(child.handle), is_alive(far), is_alive(other.handle)) == (False, False, True)
-        await terminate({"mark": "m-1"})
+        await terminate({"mark": f"{OURS}1"})
         assert is_alive(other.handle)
     finally:
         await child.end()
@@ -294,27 +309,28 @@ async def test_who_hides_its_mark_is_found_in_the_session_of_a_leader_that_is_pr
     """In a group of its own and without an environment, in the session of a leader that lives; and of one
     that is gone, beside a process with the mark, while which is there that session is no other's."""
     hide = f"set -m; env -i sleep 600 & echo $! > {tmp_path}/"
-    child = spawn(["bash", "-c", f"{hide}one; wait"], env={**os.environ, MARK: "m-2"})
+    child = spawn(["bash", "-c", f"{hide}one; wait"], env={**os.environ, MARK: f"{OURS}2"})
     hidden = await number_in(tmp_path / "one")
     await terminate(child.handle)
     assert not is_alive(hidden)
     await child.end()
 
     script = f"{hide}two; sleep 600 & echo $! > {tmp_path}/marked; exec sleep 600"
-    child = spawn(["bash", "-c", script], env={**os.environ, MARK: "m-3"})
+    child = spawn(["bash", "-c", script], env={**os.environ, MARK: f"{OURS}3"})
     hidden, marked = await number_in(tmp_path / "two"), await number_in(tmp_path / "marked")
+    await settled(marked, f"{OURS}3")
     os.kill(child.pid, signal.SIGKILL)
     await child.wait()
     assert (is_alive(hidden), is_alive(marked)) == (True, True)
-    await terminate({**child.handle, "mark": "m-0"})  # nothing proves it
+    await terminate({**child.handle, "mark": f"{OURS}0"})  # nothing proves it
     assert is_alive(hidden)
     await terminate(child.handle)
     assert (is_alive(hidden), is_alive(marked)) == (False, False)
 
 
 async def test_a_handle_of_another_boot_says_nothing_of_this_one():
-    child = spawn(SLEEP, env={**os.environ, MARK: "m-4"})
-    await terminate({"mark": "m-4", "boot_id": "another"})
+    child = spawn(SLEEP, env={**os.environ, MARK: f"{OURS}4"})
+    await terminate({"mark": f"{OURS}4", "boot_id": "another"})
     assert is_alive(child.handle)
     await child.end()
 
@@ -358,12 +374,15 @@ async def test_terminate_gives_up_after_its_deadline(monkeypatch):
 
 
 async def test_capture_keeps_the_beginning_and_ends_what_takes_too_long():
-    assert (await capture(["sh", "-c", "echo out; echo err >&2; exit 2"], deadline=5)).code == 2
-    assert (await capture(["sh", "-c", "echo abcdef"], deadline=5, limit=3)).text == "abc"
-    started = time.monotonic()
-    captured = await capture(["sh", "-c", "echo a; sleep 600"], deadline=0.3)
+    assert (await capture(["sh", "-c", "echo out; echo err >&2; exit 2"], deadline=PATIENCE)).code == 2
+    assert (await capture(["sh", "-c", "echo abcdef"], deadline=PATIENCE, limit=3)).text == "abc"
+    for deadline in (0.3, 3.0, PATIENCE):  # in which a guard and a shell have to start, too
+        started = time.monotonic()
+        captured = await capture(["sh", "-c", "echo a; sleep 600"], deadline=deadline)
+        if captured.text:
+            break
     assert (captured.code, captured.text) == (None, "a\n")
-    assert time.monotonic() - started < PATIENCE
+    assert time.monotonic() - started < deadline + PATIENCE
 
 
 def test_names_with_spaces_and_parentheses_do_not_confuse(tmp_path):

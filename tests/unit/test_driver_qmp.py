@@ -176,7 +176,7 @@ async def test_garbage_breaks_the_monitor_with_its_own_words(monitor):
         await client.execute("quit")
 
 
-async def test_the_answer_to_a_command_that_was_given_up_is_dropped(monitor, nursery):
+async def test_the_answer_to_a_command_that_was_given_up_is_dropped(monitor, nursery, autojump_clock):
     client, qemu, _ = monitor
     nursery.start_soon(qemu.serve, "qmp_capabilities")
     await client.negotiate()
