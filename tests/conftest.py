@@ -149,6 +149,7 @@ def _libvirtd(kind: str) -> Iterator[Libvirtd]:
             said = running.stdout.readline().split()
             assert said[:1] == ["ready"], "libvirtd does not start"
             daemon = Libvirtd(kind, int(said[1]), Path(said[2]), int(said[3]))
+            daemon.virsh("domcapabilities", "--virttype", "qemu")  # its first look at QEMU takes it long
             try:
                 yield daemon
                 assert daemon.domains() == []

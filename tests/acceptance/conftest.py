@@ -29,7 +29,7 @@ from kenaz_engine.images.errors import ImageError
 ROOT = Path(__file__).parents[2]
 HELLO = str(ROOT / "specs/sessions/hello.yaml")
 LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
-BOUND = 120
+BOUND = 300
 """Seconds after which a test has failed, whatever it waits for."""
 
 Message = dict[str, Any]
@@ -145,7 +145,7 @@ class World:
 
     def records(self, session: str) -> list[Message]:
         text = (self.directory(session) / "journal.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def path(self, session: str) -> list[str]:
         return [record["state"] for record in self.records(session) if record["kind"] == "entered"]
@@ -213,6 +213,9 @@ def qemu() -> str:
     return binary
 
 
+PATIENCE = 1500
+"""Seconds: an emulated desktop may take minutes before it dials, and then say nothing for minutes."""
+
 Answer = Callable[[Message], Sequence[Message | bytes] | None]
 """What a harness says to a message; bytes go out as they are, None is a harness that dies."""
 
@@ -228,7 +231,7 @@ class Harness:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
-        self._listener.settimeout(BOUND)
+        self._listener.settimeout(PATIENCE)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -259,7 +262,7 @@ class Harness:
             return
         try:
             with closing(connection), connection.makefile("rb") as stream:
-                connection.settimeout(BOUND)
+                connection.settimeout(PATIENCE)
                 while head := stream.read(4):
                     message = json.loads(stream.read(int.from_bytes(head)))
                     self.heard.append(message)

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SPECS = ROOT / "specs"
 LAUNCHER = Path(sys.executable).with_name("kenaz-launcher")
-BOUND = 60
+BOUND = 300
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

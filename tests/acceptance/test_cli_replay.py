@@ -23,7 +23,7 @@ from kenaz_engine.images.errors import ImageError
 ROOT = Path(__file__).parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
 HELLO = str(ROOT / "specs/sessions/hello.yaml")
-BOUND = 120
+BOUND = 300
 
 
 def _ready() -> bool:
@@ -88,7 +88,7 @@ def test_a_session_whose_launcher_is_killed_replays_to_there(
     with subprocess.Popen(argv, stdout=subprocess.PIPE, env=environment) as running:
         assert running.stdout is not None
         for line in running.stdout:
-            if b'"connecting"' in line:
+            if b'"kind": "entered"' in line and b'"connecting"' in line:
                 break
         running.send_signal(signal.SIGKILL)
     replayed = launch("replay", "one")

@@ -62,7 +62,7 @@ def test_the_commands_of_the_document_work(page: str, place: Path, short: Path) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         stdin=subprocess.DEVNULL,
         check=False,
     )

@@ -66,7 +66,7 @@ def test_what_cannot_be_checked_is_told_in_a_line(tmp_path: Path, words: list[st
         env={name: value for name, value in os.environ.items() if "PYTEST" not in name},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 1

@@ -108,7 +108,7 @@ def test_root_in_the_guest_finds_nothing_of_the_host_and_writes_on_no_disk_but_i
         world.until(lambda: "connecting" in world.path("s1"))
         before = os.pread(kept.fileno(), 1 << 20, 0)
         opened = modes_of(world, config)
-        out, err = running.communicate(timeout=120)
+        out, err = running.communicate(timeout=300)
         after = os.pread(kept.fileno(), 1 << 20, 0)
     assert running.returncode == 0, out + err
     [line] = [line for line in out.splitlines() if '"looked at"' in line]

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HOW_TO = ROOT / "docs/how-to/launch-your-own-image.md"
-BOUND = 300
+BOUND = 800
 
 
 @pytest.mark.slow

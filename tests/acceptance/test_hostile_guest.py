@@ -124,7 +124,7 @@ class Session:
 
     def ended(self) -> str:
         """The line that says how it went. Checks the bound."""
-        self.launcher.wait(timeout=90)
+        self.launcher.wait(timeout=300)
         self._reader.join(10)
         out = "".join(self._out)
         assert 10 * MIB < self.peak < BOUND, f"{self.peak / MIB:.0f} MiB"

@@ -27,7 +27,7 @@ def launcher(world: Any, tmp_path: Path) -> Callable[..., subprocess.CompletedPr
             [world.command()[0], *words],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             env=world.environment,
             check=False,
         )

@@ -59,7 +59,7 @@ def die_at(world: Any, point: str, *, may_end: bool = False, **options: str) -> 
         env={**world.environment, "KENAZ_TEST_KILL": point},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     if done.returncode == 1 and "VM did not start: libvirt does not" in done.stdout:
@@ -217,7 +217,7 @@ def test_a_reaper_that_is_killed_is_followed_by_one_that_goes_on(worlds: Worlds)
             [sys.executable, "-m", "kenaz_engine.cli.main", "reap"],
             env={**world.environment, "KENAZ_TEST_KILL": f"{where}:{length + lived}"},
             capture_output=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         if done.returncode == 0:

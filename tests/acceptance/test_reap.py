@@ -130,7 +130,7 @@ def test_a_copy_of_a_living_session_is_dead_and_reaping_it_does_not_touch_the_li
         assert world.status("s1") == "running"
         assert is_alive(vm_of(world, "s1"))
         running.send_signal(signal.SIGINT)
-        running.communicate(timeout=60)
+        running.communicate(timeout=300)
     assert world.status("s1") == "ended"
 
 
@@ -164,7 +164,7 @@ def test_what_runs_is_left_alone_however_many_reap_at_once(world: Any) -> None:
         assert (named["ok"], named["sessions"][0]["status"]) == (False, "running")
         assert world.status("s1") == "running"
         running.send_signal(signal.SIGINT)
-        running.communicate(timeout=60)
+        running.communicate(timeout=300)
     assert [r["kind"] for r in world.records("d4")].count("reap") == 1
 
 
@@ -175,7 +175,9 @@ def escaped(world: Any, session: str) -> dict[str, Any]:
     """The child that a guest's command has let go, by its handle."""
     file = world.directory(session) / "root/escaped"
     world.until(lambda: file.is_file() and file.read_text().endswith("\n"))
-    return identify(int(file.read_text()))
+    child = identify(int(file.read_text()))
+    world.until(lambda: os.getsid(child["pid"]) == child["pid"])  # its number is told before it leaves
+    return child
 
 
 def test_a_child_that_left_its_guest_is_found_by_its_mark(world: Any) -> None:
@@ -195,7 +197,7 @@ def test_a_child_that_left_its_guest_ends_with_the_session(world: Any) -> None:
     with world.start("--session-id", "s1", spec=EXEC, **{"workbench.args": args}) as running:
         child = escaped(world, "s1")
         running.send_signal(signal.SIGTERM)
-        running.communicate(timeout=60)
+        running.communicate(timeout=300)
     assert not is_alive(child)
 
 
@@ -233,7 +235,7 @@ def test_a_guest_that_is_stopped_ends_by_the_deadlines_of_its_session(world: Any
         world.wait_for("s1", "connecting")
         os.kill(vm_of(world, "s1")["pid"], signal.SIGSTOP)
         assert world.call("end", "s1").returncode == 0
-        running.communicate(timeout=60)
+        running.communicate(timeout=300)
     assert world.path("s1")[-3:] == ["stopping", "killing", "releasing"]
     assert world.status("s1") == "ended"
 
@@ -315,7 +317,7 @@ def test_kill_aborts_a_session_that_listens(world: Any) -> None:
         world.wait_for("s1", "running")
         done = world.call("kill", "--all")
         assert (done.returncode, done.stdout) == (0, "s1: aborted\n")
-        running.communicate(timeout=60)
+        running.communicate(timeout=300)
     assert "killing" in world.path("s1")
     assert world.call("kill", "s1").stderr == "kenaz-launcher: session s1 has ended already\n"
     assert world.call("kill", "--all").stdout == "no session runs\n"
@@ -335,6 +337,6 @@ def test_the_journal_can_be_followed_while_the_session_hangs_until_it_is_reaped(
             while "entered connecting" not in (line := following.stdout.readline()):
                 assert line
             assert world.call("kill", "s1").returncode == 0
-            following.communicate(timeout=60)
+            following.communicate(timeout=300)
         assert following.returncode == 0
         running.wait(60)

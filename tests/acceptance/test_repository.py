@@ -22,7 +22,7 @@ MADE_HERE = {".git", ".venv", "build", "dist", "__pycache__"}
 
 def sources(*patterns: str) -> list[Path]:
     """The files that git tracks; in a copy without its history, all that nothing of ours has made."""
-    git = ["git", "ls-files", "-z", "--", *patterns]
+    git = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--", *patterns]
     listed = subprocess.run(git, cwd=ROOT, capture_output=True, check=False, text=True)
     if listed.returncode == 0:
         paths = {ROOT / name for name in listed.stdout.split("\0") if name}

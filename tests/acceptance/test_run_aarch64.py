@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BOUND = 300
+BOUND = 800
 STATES = ["resolving", "allocating", "booting", "connecting", "running", "draining", "stopping", "releasing"]
 
 

@@ -50,7 +50,7 @@ def test_a_window_is_opened_and_gone_with_the_session(
     picture = world.state / "s1.png"
     assert world.call("screenshot", "s1", str(picture)).returncode == 0
     assert world.call("end", "s1").returncode == 0
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=300)
     assert running.returncode == 0, out + err
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     assert "QEMU" not in windows(desktop)
@@ -82,5 +82,5 @@ def test_where_there_is_no_picture_to_be_had_it_is_said(
     assert says in asked.stderr
     assert not (world.state / "s1.png").exists()
     assert world.call("end", "s1").returncode == 0
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=300)
     assert running.returncode == 0, out + err

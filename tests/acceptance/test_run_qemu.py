@@ -19,7 +19,7 @@ from kenaz_engine.images.errors import ImageError
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
-BOUND = 120
+BOUND = 300
 
 
 def _ready() -> bool:
@@ -50,8 +50,8 @@ class Session:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        lines = (self.directory / "journal.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        lines = (self.directory / "journal.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def path(self) -> list[str]:
         return [record["state"] for record in self.records() if record["kind"] == "entered"]

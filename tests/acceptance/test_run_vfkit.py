@@ -50,9 +50,11 @@ def test_a_session_from_its_plan_to_nothing_left(world: Any, options: dict[str, 
 
 
 def test_a_launcher_that_makes_no_picture_and_is_killed_leaves_nothing_that_reap_does_not_find(
-    world: Any, options: dict[str, str]
+    world: Any, options: dict[str, str], harness: Any
 ) -> None:
-    with world.start("--session-id", "v2", behaviour="idle", **options) as launcher:
+    silent = harness(lambda message: [])
+    words = ("--session-id", "v2", "--harness", silent.address)
+    with world.start(*words, behaviour="idle", **options) as launcher:
         world.wait_for("v2", "running")
         picture = world.call("screenshot", "v2", str(world.state / "v2.png"))
         assert (picture.returncode, "the driver vfkit makes no pictures of screens" in picture.stderr) == (

@@ -21,7 +21,7 @@ from tests import wine
 from kenaz_engine.images.catalog import default_cache
 
 ROOT = Path(__file__).parents[2]
-BOUND = 120
+BOUND = 300
 
 pytestmark = pytest.mark.only_where(wine.is_ready())
 
@@ -189,7 +189,7 @@ def test_a_killed_launcher_takes_its_guest_along_and_is_reaped(windows: Windows)
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + BOUND / 2
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -25,11 +25,14 @@ from kenaz_engine.images.catalog import default_cache, find_image
 ROOT = Path(__file__).parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("kenaz-launcher"))
 SIGILOS = str(ROOT / "specs/sessions/sigilos.yaml")
-BOUND = 600
+BOUND = 1500
+"""Seconds for a build, or for a boot to a desktop, on a busy host that emulates."""
+
+CONNECTING = "20m"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(2400),  # its image is built first
+    pytest.mark.timeout(3600),  # its image is built first
     pytest.mark.skipif(
         not all(map(shutil.which, ("qemu-system-x86_64", "mmdebstrap"))), reason="needs QEMU and mmdebstrap"
     ),
@@ -38,8 +41,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def image() -> str:
-    """Builds the image, unless it is there and current, and takes no second to see that it is."""
-    for bound in (BOUND, 30):
+    """Builds the image, unless it is there and current, and takes no second build to see that it is."""
+    for bound in (BOUND, 120):
         built = subprocess.run(
             ["make", "-s", "image-sigilos"],
             cwd=ROOT,
@@ -55,6 +58,7 @@ def image() -> str:
 
 def started(world: Any, session: str, *words: str, **options: str) -> subprocess.Popen[str]:
     spec = options.pop("spec", SIGILOS)
+    options = {"timeouts.connecting": CONNECTING, **options}
     return world.start("--session-id", session, *words, spec=spec, driver="qemu", **options)
 
 
@@ -142,6 +146,8 @@ def test_the_desktop_is_seen_and_the_session_ends_along_the_declared_path(
 def has_a_desktop(world: Any, picture: Path) -> bool:
     """Whether the screen shows sway's background, and a bar with writing in it."""
     done = world.call("screenshot", "desk", str(picture))
+    if "not answer" in done.stderr:
+        return False  # a busy host may take longer over one picture; the next one will do
     assert done.returncode == 0, done.stderr
     colours = pixels(picture)
     return {b"\x1d\x2f\x3f", b"\x0b\x16\x20"} <= colours and len(colours) > 8
@@ -149,8 +155,10 @@ def has_a_desktop(world: Any, picture: Path) -> bool:
 
 def test_every_point_of_the_contract_holds_over_vsock_and_without_a_screen(image: str, world: Any) -> None:
     """`image check`, over vhost-user-vsock where this host has the daemon: sway is headless then."""
+    values = ("channel.transport=vhost-user-vsock", f"timeouts.connecting={CONNECTING}")
+    sets = [word for value in values for word in ("--set", f"spec.{value}")]
     done = subprocess.run(
-        [LAUNCHER, "image", "check", image, "--json", "--set", "spec.channel.transport=vhost-user-vsock"],
+        [LAUNCHER, "image", "check", image, "--json", *sets],
         capture_output=True,
         text=True,
         timeout=BOUND,

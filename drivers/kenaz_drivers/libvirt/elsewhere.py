@@ -29,8 +29,8 @@ Told = Callable[[Content, int, int, bool], None]
 STREAMS = (sys.executable, "-I", "-S", str(Path(__file__).parent / "streams" / "__main__.py"))
 """The program that carries what virsh does not; see `streams.program`."""
 
-LOAD_DEADLINE = 5.0
-"""Seconds for that program to find libvirt's library. It takes 0.1."""
+LOAD_DEADLINE = 20.0
+"""Seconds for that program to find libvirt's library. It takes 0.1; a cold, busy disk has taken seconds."""
 
 DISCARD_DEADLINE = 8.0
 """Seconds for volumes to go. A machine's release has 15, of which its domain takes up to 1 as a rule."""

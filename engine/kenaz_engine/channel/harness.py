@@ -363,14 +363,15 @@ async def connect_harness(address: str, limits: Limits) -> ListeningHarness:
 class DemoHarness:
     """Answers a guest where there is no harness, and tells what it sees.
 
-    It ends the session when it has answered the guest's second prompt, or when for QUIET seconds no message
+    It ends the session when it has answered the guest's second prompt, or when for `quiet` seconds no message
     has come. `say` gets one line of printable text at a time.
     """
 
     PROMPTS = 2
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], quiet: float = QUIET) -> None:
         self._say = say
+        self._quiet = quiet
         self._answers: deque[bytes] = deque()
         self._news = trio.Event()
         self._prompts = 0
@@ -413,12 +414,12 @@ class DemoHarness:
         self._news.set()
 
     async def receive(self) -> bytes | None:
-        """The next answer; None after the last, or after QUIET seconds in which no message came."""
+        """The next answer; None after the last, or where none came for `quiet` seconds."""
         while not self._answers:
             if self._prompts >= self.PROMPTS:
                 return None
             self._news = trio.Event()
-            with trio.move_on_after(QUIET) as scope:
+            with trio.move_on_after(self._quiet) as scope:
                 await self._news.wait()
             if scope.cancelled_caught:
                 self._say("nothing more to do")

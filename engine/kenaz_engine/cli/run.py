@@ -20,6 +20,7 @@ from kenaz_engine.session.directory import DirectoryError
 from kenaz_engine.session.launch import Result, Session
 from kenaz_engine.session.leftovers import leftovers
 from kenaz_engine.session.prepare import prepare
+from kenaz_engine.session.prepared import Prepared
 from kenaz_engine.session.reap import sweep
 from kenaz_engine.session.seams import Connect
 from kenaz_engine.spec.files import read
@@ -67,7 +68,7 @@ async def _main(resolved: ResolvedSession, arguments: argparse.Namespace) -> int
     view: View = JsonLines(out, sys.stderr) if arguments.json else Live(out)
     await _reap_others(view)
     view.begin(prepared)
-    connect = _connector(arguments.harness, view, prepared.resolved)
+    connect = _connector(arguments.harness, view, prepared)
     session = Session(prepared, connect, view.output, (view.record,), view.progress)
     out.on_loss = lambda: session.request("end", "output")
     signals = _Signals(session)
@@ -107,14 +108,14 @@ async def _watched(session: Session, signals: _Signals, view: View) -> Result:
     return result
 
 
-def _connector(address: str | None, view: View, resolved: ResolvedSession) -> Connect:
+def _connector(address: str | None, view: View, prepared: Prepared) -> Connect:
     async def connect() -> HarnessLink:
-        from kenaz_engine.channel.harness import DemoHarness, connect_harness
+        from kenaz_engine.channel.harness import QUIET, DemoHarness, connect_harness
         from kenaz_engine.session.conversation import channel_limits
 
         if address is None:
-            return DemoHarness(view.say)
-        return await connect_harness(address, channel_limits(resolved))
+            return DemoHarness(view.say, QUIET * prepared.capabilities.deadline_scale)
+        return await connect_harness(address, channel_limits(prepared.resolved))
 
     return connect
 

@@ -12,8 +12,9 @@ from kenaz_engine.images.transfer import Notice, Progress
 if TYPE_CHECKING:
     from kenaz_engine.channel.harness import HarnessLink
 
-EXIT_GRACE = 0.25
-"""Seconds to wait for the machine's exit before a broken stream counts for itself."""
+EXIT_GRACE = 1.0
+"""Seconds to wait for the machine's exit before a broken stream counts for itself. A process that ends closes
+its streams first; until it has ended, a busy host took half a second."""
 
 Connect = Callable[[], Awaitable["HarnessLink"]]
 """How the session reaches its harness, once the guest is there."""
