@@ -9,9 +9,10 @@ LAUNCHER = $(BIN)/kenaz-launcher
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/coverage run -m pytest
 SHARING = --numprocesses logical --dist
-# The first start no machine and wait for nothing. Of the others those of one file share what they set up.
+# The first start no machine and wait for nothing. Of the others those of one file share what they set up; they
+# begin in the order that tests/conftest.py gives them.
 PURE = $(SHARING) worksteal tests/unit tests/property tests/journals specs/scenarios
-REAL = $(SHARING) loadfile tests/integration tests/acceptance
+REAL = $(SHARING) loadfile --no-loadscope-reorder tests/integration tests/acceptance
 
 help: ## list the targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile

@@ -80,6 +80,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if wanted(item)]
+    # What takes longest begins first, or one processor waits in the end for the other.
+    items.sort(key=_given, reverse=True)
+
+
+def _given(item: pytest.Item) -> float:
+    """The seconds that the test asks for, where it asks for more than others have."""
+    marker = item.get_closest_marker("timeout")
+    return marker.args[0] if marker else 0.0
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

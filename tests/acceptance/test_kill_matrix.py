@@ -146,6 +146,7 @@ def before_and_after_every_record(worlds: Worlds, part: int, **options: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("driver", ["process", "qemu"])
 def test_killed_before_and_after_every_record(
@@ -157,6 +158,7 @@ def test_killed_before_and_after_every_record(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("part", range(4))
 def test_killed_with_a_domain_before_and_after_every_record(
     worlds: Worlds, qemu: str, libvirtd: Any, part: int
