@@ -34,6 +34,7 @@ AT_ONCE = 4
 """Sessions that are killed at a time; an emulated machine takes a core."""
 
 SLACK = 3
+"""Records that a session may have more than another: what tells of a machine's end comes sooner or later."""
 
 PROCESS = {"driver": "process"}
 QEMU = {"driver": "qemu", "driverOptions.qemu.accel": "tcg", "behaviour": "bye"}
@@ -130,11 +131,7 @@ def test_killed_where_something_was_just_made_or_given_back(worlds: Worlds) -> N
 
 
 def before_and_after_every_record(worlds: Worlds, part: int, **options: str) -> None:
-    """A quarter of the matrix.
-
-    What tells of a machine's end comes a moment sooner or later, so a session has up to `SLACK` records more
-    or less than another; it is killed past its end, too, and may have got there.
-    """
+    """A quarter of the matrix. It goes on past the end of a session, for the next one may be longer."""
     count = len(pieces(worlds(), **options))
     numbers = [str(seq) for seq in range(count + SLACK)]
     points = [f"{where}:{which}" for which in [*numbers, "end"] for where in ("before", "after")]

@@ -21,6 +21,7 @@ from kenaz_drivers.contract import (
     Content,
     Disk,
     DriverError,
+    Exit,
     Helper,
     LaunchPlan,
     LaunchRequest,
@@ -169,6 +170,25 @@ async def test_a_machine_that_fails_is_told(
     assert not result.outcome.success
 
 
+@pytest.mark.parametrize(("late", "verdict"), [(0.9, "VM exited while serving"), (1.1, "channel lost")])
+async def test_a_machine_closes_its_streams_before_it_is_gone(
+    autojump_clock: Any, whole: Any, late: float, verdict: str
+) -> None:
+    def change(machine: SimulatedMachine) -> None:
+        really = machine.wait
+
+        async def wait() -> Exit:
+            ended = await really()
+            await trio.sleep(late)
+            return ended
+
+        machine.wait = wait  # type: ignore[method-assign]
+
+    whole.stays()
+    result = await whole.run(await whole.prepare(driver=Driver(change), exit=1, clean=False))
+    assert result.outcome.verdict.startswith(verdict)
+
+
 async def test_a_machine_that_is_never_made_is_given_up(autojump_clock: Any, whole: Any) -> None:
     class Stuck(Driver):
         @asynccontextmanager
@@ -205,21 +225,25 @@ async def test_the_button_is_pressed_again(autojump_clock: Any, whole: Any) -> N
     assert presses[2] - presses[0] == pytest.approx(2 * PRESS_AGAIN)
 
 
-@pytest.mark.parametrize(("exits", "last"), [(False, "killing"), (True, "stopping")])
+@pytest.mark.parametrize(
+    ("exits", "last"), [(None, "killing"), (0.1, "stopping"), (PRESS_AGAIN - 0.1, "stopping")]
+)
 async def test_a_button_that_cannot_be_pressed(
-    autojump_clock: Any, whole: Any, exits: bool, last: str
+    autojump_clock: Any, whole: Any, exits: float | None, last: str
 ) -> None:
+    """Because the machine ends, so many seconds later; or without such a reason."""
+
     def change(machine: SimulatedMachine) -> None:
         async def powerdown() -> None:
-            if exits:
+            if exits is not None:
                 await SimulatedMachine.powerdown(machine)
             raise DriverError("the monitor is gone", hint="look at it")
 
         machine.powerdown = powerdown  # type: ignore[method-assign]
 
-    result = await whole.run(await whole.prepare(driver=Driver(change)))
+    result = await whole.run(await whole.prepare(driver=Driver(change), powerdown=exits))
     assert whole.path()[-2:] == [last, "releasing"]
-    said = () if exits else ("power-off failed: the monitor is gone",)
+    said = () if exits is not None else ("power-off failed: the monitor is gone",)
     assert (result.outcome.success, result.outcome.warnings) == (True, said)
 
 

@@ -30,7 +30,7 @@ STREAMS = (sys.executable, "-I", "-S", str(Path(__file__).parent / "streams" / "
 """The program that carries what virsh does not; see `streams.program`."""
 
 LOAD_DEADLINE = 20.0
-"""Seconds for that program to find libvirt's library. It takes 0.1; a cold, busy disk has taken seconds."""
+"""Seconds for that program to find libvirt's library. It takes 0.1, where the disk is not cold."""
 
 DISCARD_DEADLINE = 8.0
 """Seconds for volumes to go. A machine's release has 15, of which its domain takes up to 1 as a rule."""

@@ -363,15 +363,16 @@ async def connect_harness(address: str, limits: Limits) -> ListeningHarness:
 class DemoHarness:
     """Answers a guest where there is no harness, and tells what it sees.
 
-    It ends the session when it has answered the guest's second prompt, or when for `quiet` seconds no message
-    has come. `say` gets one line of printable text at a time.
+    It ends the session when it has answered the guest's second prompt, or when for QUIET seconds no message
+    has come, times `scale`: how much slower than on hardware the guest is. `say` gets one line of printable
+    text at a time.
     """
 
     PROMPTS = 2
 
-    def __init__(self, say: Callable[[str], None], quiet: float = QUIET) -> None:
+    def __init__(self, say: Callable[[str], None], scale: float = 1.0) -> None:
         self._say = say
-        self._quiet = quiet
+        self._quiet = QUIET * scale
         self._answers: deque[bytes] = deque()
         self._news = trio.Event()
         self._prompts = 0
@@ -414,7 +415,7 @@ class DemoHarness:
         self._news.set()
 
     async def receive(self) -> bytes | None:
-        """The next answer; None after the last, or where none came for `quiet` seconds."""
+        """The next answer; None after the last, or where no message came for so long."""
         while not self._answers:
             if self._prompts >= self.PROMPTS:
                 return None

@@ -73,9 +73,9 @@ async def _run(arguments: argparse.Namespace) -> Result:
     prepared = await prepare(resolved)
 
     async def connect() -> HarnessLink:
-        from kenaz_engine.channel.harness import QUIET, DemoHarness
+        from kenaz_engine.channel.harness import DemoHarness
 
-        return DemoHarness(lambda text: None, QUIET * prepared.capabilities.deadline_scale)
+        return DemoHarness(lambda text: None, prepared.capabilities.deadline_scale)
 
     print(
         f"booting {plain(image)} on {prepared.driver.name} ({prepared.capabilities.accelerator})",

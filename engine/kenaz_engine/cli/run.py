@@ -110,11 +110,11 @@ async def _watched(session: Session, signals: _Signals, view: View) -> Result:
 
 def _connector(address: str | None, view: View, prepared: Prepared) -> Connect:
     async def connect() -> HarnessLink:
-        from kenaz_engine.channel.harness import QUIET, DemoHarness, connect_harness
+        from kenaz_engine.channel.harness import DemoHarness, connect_harness
         from kenaz_engine.session.conversation import channel_limits
 
         if address is None:
-            return DemoHarness(view.say, QUIET * prepared.capabilities.deadline_scale)
+            return DemoHarness(view.say, prepared.capabilities.deadline_scale)
         return await connect_harness(address, channel_limits(prepared.resolved))
 
     return connect

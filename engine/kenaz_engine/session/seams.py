@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXIT_GRACE = 1.0
 """Seconds to wait for the machine's exit before a broken stream counts for itself. A process that ends closes
-its streams first; until it has ended, a busy host took half a second."""
+its streams first, and on a busy host takes its time to be gone."""
 
 Connect = Callable[[], Awaitable["HarnessLink"]]
 """How the session reaches its harness, once the guest is there."""
